@@ -1,0 +1,225 @@
+"""Everything that depends on the machine: device and dtype choice, clocks, memory, bandwidth, compiler settings.
+
+The rest of the code asks here and never tests for "cuda" or "mps" itself (ops/ apart, which holds the kernels).
+"""
+import collections
+import contextlib
+import json
+import mmap
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+
+OLDEST_TORCH = (2, 11)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
+          "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PROBE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30, "mps": 1 << 30}  # well past any cache (server L3: 0.3 GB)
+
+
+# -- choice -----------------------------------------------------------------------------------------------------------
+
+def require_torch(version: str = torch.__version__) -> None:
+    if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < OLDEST_TORCH:
+        raise UserError(f"torch is {version}; {'.'.join(map(str, OLDEST_TORCH))} or newer is needed: "
+                        f"pip install -r requirements.txt")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto` takes cuda, then mps, then cpu; `cuda:1` names one card."""
+    kind = name.partition(":")[0]
+    present = [d for d, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
+                                  ("cpu", True)) if there]
+    if name == "auto":
+        return torch.device(present[0])
+    if kind not in ("cuda", "mps", "cpu"):
+        raise UserError(f"unknown device {name!r}; allowed: auto, cuda, cuda:N, mps, cpu")
+    if kind not in present:
+        raise UserError(f"device {name!r} is not present on this machine; present: {', '.join(present)}")
+    index = name.partition(":")[2]
+    if ":" in name and not (kind == "cuda" and index.isdecimal() and int(index) < torch.cuda.device_count()):
+        raise UserError(f"there is no device {name!r}; this machine has {torch.cuda.device_count()} CUDA devices")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, checkpoint: str | None, device: torch.device) -> torch.dtype:
+    """`auto` keeps the checkpoint's dtype, but float16 on CUDA cards without bfloat16 (T4, V100)."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise UserError(f"unknown dtype {name!r}; allowed: auto, bf16, fp16, fp32")
+        return DTYPES[name]
+    dtype = DTYPES.get(checkpoint or "bfloat16", torch.bfloat16)
+    if dtype == torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0) \
+            and not torch.version.hip:
+        return torch.float16
+    return dtype
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# -- clocks and memory ------------------------------------------------------------------------------------------------
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given; call it before reading a clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: the most allocated so far on CUDA, allocated now on MPS, the process's largest resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if sys.platform != "linux":
+        return None
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit; "max" is none
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return free
+
+
+def require_memory(needed: int, device: torch.device) -> None:
+    free = available_memory(device)
+    if free is not None and needed > free:
+        raise UserError(f"the model needs about {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free; "
+                        f"take a smaller model, a narrower --dtype, or fewer tokens")
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.empty`, on Linux CPUs in huge pages: streaming weights through 4 KB pages costs TLB misses."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if device.type != "cpu" or size < 1 << 21 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+# -- bandwidth --------------------------------------------------------------------------------------------------------
+
+def cache_dir() -> Path:
+    """Where this project keeps what it may recompute: compiled code and the measured bandwidth."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "readonce"
+
+
+def measure_bandwidth(device: torch.device, repeats: int = 7) -> float:
+    """Read bandwidth in bytes/s: the best of plain reductions over a buffer far larger than any cache."""
+    size = PROBE_BYTES[device.type]
+    free = available_memory(device)
+    if free is not None and free < 2 * size:
+        size = max(free // 4, 1 << 24)
+    x = empty((size // 4096 // 4, 4096), torch.float32, device).fill_(1.0)
+    v = torch.ones(4096, device=device)
+    best = float("inf")
+    for probe in (lambda: torch.mv(x, v), lambda: x.sum()):
+        for _ in range(repeats):
+            synchronize(device)
+            start = time.perf_counter()
+            probe()
+            synchronize(device)
+            best = min(best, time.perf_counter() - start)
+    return x.nbytes / best
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """`measure_bandwidth`, kept in a file from run to run, one entry per device, thread count and torch."""
+    path = cache_dir() / "bandwidth.json"
+    key = f"{device_name(device)} | {device.type} | {torch.get_num_threads()} threads | torch {torch.__version__}"
+    known: dict[str, float] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(path.read_text())
+    if not (isinstance(known, dict) and isinstance(known.get(key), (int, float)) and known[key] > 0):
+        known = {**(known if isinstance(known, dict) else {}), key: measure_bandwidth(device)}
+        with contextlib.suppress(OSError):  # a read-only home: measure each time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"{path.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(known, indent=1))
+            temporary.replace(path)
+    return known[key]
+
+
+# -- compiler ---------------------------------------------------------------------------------------------------------
+
+def configure_compiler(device: torch.device) -> None:
+    """Settings of torch.compile for the decode step; process-wide, so only a command line or `compiled_steps` calls it."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))  # read when inductor is imported
+    import torch._dynamo.config
+    import torch._inductor.config
+
+    torch._dynamo.config.capture_scalar_outputs = True  # ops.attended_span reads the position back on a CPU
+    torch._inductor.config.fallback_random = True  # the same random numbers as eager: one seed, one text
+    if device.type == "cuda":
+        torch._inductor.config.coordinate_descent_tuning = True  # a matmul with one row becomes a fused reduction
+        torch._inductor.config.triton.unique_kernel_names = True
+
+
+def compile_cache_state() -> str:
+    """`warm` if all graphs compiled so far came from the cache on disk, `cold` if any was made."""
+    from torch._dynamo.utils import counters
+    return "cold" if counters["inductor"]["fxgraph_cache_miss"] or not counters["inductor"]["fxgraph_cache_hit"] else "warm"
+
+
+# -- reading tokens ---------------------------------------------------------------------------------------------------
+
+def read_late(tensors: Iterator[Tensor], device: torch.device, depth: int | None = None) -> Iterator[list[int]]:
+    """Device tensors of ids to lists on the host, `depth` steps late, so that the device never waits for the host.
+
+    Each tensor is copied to pinned memory behind the step that made it; only that copy is waited for. A CPU has
+    nothing to wait for: depth 0 there, 2 elsewhere.
+    """
+    depth = (0 if device.type == "cpu" else 2) if depth is None else depth
+    waiting: collections.deque = collections.deque()
+    for tensor in tensors:
+        if device.type == "cpu":
+            waiting.append((tensor.clone() if depth else tensor, None))
+        else:
+            event = (torch.cuda.Event if device.type == "cuda" else torch.mps.Event)()
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device.type == "cuda")
+            host.copy_(tensor, non_blocking=True)
+            event.record()
+            waiting.append((host, event))
+        while len(waiting) > depth:
+            yield _read(*waiting.popleft())
+    while waiting:
+        yield _read(*waiting.popleft())
+
+
+def _read(host: Tensor, event) -> list[int]:
+    if event is not None:
+        event.synchronize()
+    return host.flatten().tolist()

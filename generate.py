@@ -1,0 +1,359 @@
+"""Generate text at the speed of memory.
+
+    python generate.py --compile                                      the shipped demo
+    python generate.py --compile --checkpoint_path ORG/NAME --prompt "Once upon a time"
+    python generate.py --compile --random_weights Llama-3.2-1B --prompt 512
+
+Text goes to stdout, messages and numbers to stderr. As a library:
+
+    model, tokenizer = load_model("checkpoints/demo")
+    for token in generate(model, tokenizer.encode("import os\\n"), steps=compiled_steps(model.device)):
+        ...
+
+Decoding is one function, (token, position) -> (next token, next position), compiled whole and called once per token;
+the caches are buffers of the model, written in place. Glossary: B batch, S tokens in one call.
+"""
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import device as machine
+from config import ModelConfig, config_from_dict, config_of_shape, read_json
+from errors import Parser, UserError, run_command
+from loader import load_weights, random_weights, resolve_checkpoint
+from model import Transformer
+from sampling import Sampling, sample
+from tokenizer import Stream, Tokenizer, load_tokenizer, stop_ids
+
+DEMO = Path(__file__).parent / "checkpoints" / "demo"
+DEMO_PROMPT = "import argparse\nimport json\n\n\ndef main():\n    "
+PREFILL_CHUNK = 512  # tokens in one prefill call: bounds memory for activations and masks
+
+
+# -- the two steps ----------------------------------------------------------------------------------------------------
+
+def _step(model: Transformer, tokens: Tensor, positions: Tensor, sampling: dict) -> tuple[Tensor, Tensor]:
+    token = sample(model(tokens, positions), **sampling)
+    return token, positions[:, -1:] + 1
+
+
+def prefill(model: Transformer, tokens: Tensor, positions: Tensor, sampling: dict) -> tuple[Tensor, Tensor]:
+    """A chunk of a prompt, [B, S] at [B, S] -> (next token, its position), both [B, 1]."""
+    return _step(model, tokens, positions, sampling)
+
+
+def decode(model: Transformer, token: Tensor, position: Tensor, sampling: dict) -> tuple[Tensor, Tensor]:
+    """One token, [B, 1] at [B, 1] -> (next token, its position), both [B, 1]. Two names, so that each has its graphs."""
+    return _step(model, token, position, sampling)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What `generate` calls: eager as they stand, or compiled by `compiled_steps`."""
+    prefill: Callable = prefill
+    decode: Callable = decode
+
+
+def compiled_steps(device: torch.device, compile_prefill: bool = False) -> Steps:
+    """The decode step as one graph (a CUDA graph where there are such), and the prefill step if asked.
+
+    Prefill gets one graph for every length from 2 up and one for length 1.
+    """
+    machine.configure_compiler(device)
+    return Steps(
+        prefill=torch.compile(prefill, fullgraph=True, dynamic=True) if compile_prefill else prefill,
+        decode=torch.compile(decode, mode="reduce-overhead", fullgraph=True))
+
+
+# -- generation -------------------------------------------------------------------------------------------------------
+
+def generate(model: Transformer, prompt: Sequence[int], max_new_tokens: int = 200, sampling: Sampling = Sampling(),
+             stop_ids: frozenset[int] = frozenset(), seed: int | None = None, steps: Steps = Steps()) -> Iterator[int]:
+    """Yield the ids that continue `prompt`, a stop id included, at most `max_new_tokens`.
+
+    `seed` sets torch's default generator, from which tokens are drawn. Caches grow when a longer text is asked for,
+    which costs a compilation; `model.setup_caches(1, longest)` beforehand avoids it.
+    Raises UserError for an empty prompt, ids outside the vocabulary, texts over the model's context, and when the
+    weights give logits that are not finite.
+    """
+    config = model.config
+    if not len(prompt):
+        raise UserError("the prompt is empty; give at least one token")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if len(prompt) + max_new_tokens > config.max_seq_len:
+        raise UserError(f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones need {len(prompt) + max_new_tokens} "
+                        f"positions; the model has {config.max_seq_len}: shorten one of them")
+    if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+        raise UserError(f"the prompt has token id {max(prompt) if min(prompt) >= 0 else min(prompt)}; the model's "
+                        f"vocabulary is 0 to {config.vocab_size - 1}: tokenizer and model do not belong together")
+    grow_caches(model, len(prompt) + max_new_tokens)
+    return _generate(model, prompt, max_new_tokens, sampling, stop_ids, seed, steps)
+
+
+def grow_caches(model: Transformer, length: int) -> None:
+    """Room for at least `length` positions: powers of two, so that growing is rare."""
+    if model.cache_length < length:
+        length = max(256, 1 << (length - 1).bit_length())
+        length = min(length, max(model.config.max_seq_len, 1))
+        machine.require_memory(length * model.cache_bytes_per_position(), model.device)
+        model.setup_caches(1, length)
+
+
+@torch.no_grad()
+def _generate(model, prompt, max_new_tokens, sampling, stop_ids, seed, steps) -> Iterator[int]:
+    tokens = _tokens(model, prompt, max_new_tokens, sampling, seed, steps)
+    for (token,) in machine.read_late(tokens, model.device):
+        if token < 0:
+            raise UserError(f"the logits are not finite: {blame(model)}")
+        yield token
+        if token in stop_ids:
+            return
+
+
+def _tokens(model, prompt, max_new_tokens, sampling, seed, steps) -> Iterator[Tensor]:
+    """The device side: every step is given its inputs before any result has been read."""
+    arguments = sampling.arguments(model.config.vocab_size, model.device)
+    ids = torch.tensor(prompt, dtype=torch.int64, device=model.device)
+    positions = torch.arange(len(prompt), device=model.device)
+    for start in range(0, len(prompt), PREFILL_CHUNK):
+        if seed is not None:  # only the last chunk's draw counts, however many there are
+            torch.manual_seed(seed)
+        chunk = slice(start, start + PREFILL_CHUNK)
+        token, position = steps.prefill(model, ids[chunk][None], positions[chunk][None], arguments)
+    yield token
+    for _ in range(max_new_tokens - 1):
+        token = token.clamp_min(0)  # a -1 ends the text, but only once it has been read
+        token, position = (t.clone() for t in steps.decode(model, token, position, arguments))
+        yield token
+
+
+def blame(model: Transformer) -> str:
+    """Which weights are NaN or infinite, or what else makes logits so."""
+    for name, p in model.named_parameters():
+        if bad := int((~p.isfinite()).sum()):
+            return f"{name} holds {bad} values that are NaN or infinite; get the checkpoint again"
+    return f"all weights are, so activations overflow {str(model.tok_embeddings.weight.dtype)[6:]}; try --dtype fp32 or bf16"
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+def build(config: ModelConfig, dtype: str, device: torch.device) -> tuple[Transformer, torch.dtype]:
+    with torch.device("meta"):
+        model = Transformer(config).eval()
+    return model, machine.choose_dtype(dtype, config.dtype, device)
+
+
+def load_model(checkpoint_path: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a checkpoint folder or hub repository, ready for `generate`."""
+    where = machine.choose_device(device)
+    folder = resolve_checkpoint(str(checkpoint_path))
+    model, weights_dtype = build(config_from_dict(read_json(folder / "config.json")), dtype, where)
+    tokenizer = load_tokenizer(folder)
+    load_weights(model, folder, where, weights_dtype)
+    return model, tokenizer
+
+
+def load_random(shape: str, device: str = "auto", dtype: str = "auto", seed: int = 0) -> Transformer:
+    """A model of a named shape, or of a config.json, with random weights."""
+    where = machine.choose_device(device)
+    model, weights_dtype = build(config_of_shape(shape), dtype, where)
+    random_weights(model, where, weights_dtype, seed)
+    return model
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Sample:
+    """One generated text and its times; the fields are those of --json."""
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str
+    stop: str  # stop_id | length | interrupt
+    ttft_s: float | None
+    prefill_tok_s: float | None
+    decode_tok_s: float | None
+    ms_per_token: float | None
+    bytes_per_token: int
+    gb_s: float | None
+    bandwidth_pct: float | None = None  # of the measured read bandwidth; filled in when that is known
+    speculation: dict | None = None
+
+
+def run_sample(model: Transformer, tokenizer: Tokenizer | None, prompt: list[int], write: Callable[[str], None],
+               stops: frozenset[int], **options) -> Sample:
+    """Generate once, streaming text to `write`; Ctrl-C ends the text and keeps what was measured."""
+    stream = Stream(tokenizer, prompt) if tokenizer else None
+    tokens, times, pieces, stop = [], [], [], "length"
+    machine.synchronize(model.device)
+    start = time.perf_counter()
+    try:
+        for token in generate(model, prompt, stop_ids=stops, **options):
+            times.append(time.perf_counter())
+            tokens.append(token)
+            if token in stops:
+                stop = "stop_id"
+            pieces.append(stream.push(token) if stream else f"{token} ")
+            write(pieces[-1])
+    except KeyboardInterrupt:
+        stop = "interrupt"
+    if stream:
+        pieces.append(stream.flush())
+        write(pieces[-1])
+    return measure(model, prompt, tokens, "".join(pieces), stop, start, times)
+
+
+def measure(model: Transformer, prompt: list[int], tokens: list[int], text: str, stop: str, start: float,
+            times: list[float]) -> Sample:
+    """Rates from the time each token was known on the host. Decoding is counted from the first token to the last."""
+    ttft = times[0] - start if times else None
+    steps = len(times) - 1
+    per_token = (times[-1] - times[0]) / steps if steps > 0 else None
+    attended = len(prompt) + max(len(tokens), 1) / 2  # positions, on average over the decoded tokens
+    moved = model.weight_bytes_per_token() + int(attended * model.cache_bytes_per_position())
+    return Sample(
+        prompt_tokens=prompt, tokens=tokens, text=text, stop=stop, ttft_s=ttft,
+        prefill_tok_s=len(prompt) / ttft if ttft else None, decode_tok_s=1 / per_token if per_token else None,
+        ms_per_token=per_token * 1e3 if per_token else None, bytes_per_token=moved,
+        gb_s=moved / per_token / 1e9 if per_token else None)
+
+
+def describe(sample: Sample) -> str:
+    """The numbers of one sample, for people."""
+    if sample.ttft_s is None:
+        return "no token was generated"
+    text = (f"prompt {len(sample.prompt_tokens)} tokens, first token after {sample.ttft_s * 1e3:.1f} ms "
+            f"({sample.prefill_tok_s:.0f} tok/s); {len(sample.tokens)} new ({sample.stop})")
+    if sample.decode_tok_s is None:
+        return text
+    return (f"{text}, {sample.decode_tok_s:.1f} tok/s, {sample.ms_per_token:.2f} ms/token; "
+            f"{sample.bytes_per_token / 1e6:.1f} MB/token, {sample.gb_s:.1f} GB/s = {sample.bandwidth_pct:.0f} % of bandwidth")
+
+
+# -- command line -----------------------------------------------------------------------------------------------------
+
+def parser() -> Parser:
+    p = Parser(prog="generate.py", description="Generate text; the shipped demo if no checkpoint is named.")
+    p.add_argument("--checkpoint_path", help="Hugging Face folder, or ORG/NAME on the hub (default: the demo)")
+    p.add_argument("--random_weights", metavar="SHAPE",
+                   help="no checkpoint: random weights of a named shape (Llama-3.1-8B, ...) or of a config.json")
+    p.add_argument("--prompt", help="text to continue; with --random_weights, a number of synthetic tokens (default 5)")
+    p.add_argument("--num_samples", type=int, default=1, help="texts to generate (default %(default)s)")
+    p.add_argument("--max_new_tokens", type=int, default=200, help="default %(default)s")
+    p.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 is argmax (default %(default)s)")
+    p.add_argument("--top_k", type=int, default=Sampling.top_k, help="default %(default)s; the vocabulary size keeps all")
+    p.add_argument("--top_p", type=float, default=Sampling.top_p, help="nucleus sampling (default: off)")
+    p.add_argument("--seed", type=int, default=0, help="sample i uses seed + i (default %(default)s)")
+    p.add_argument("--compile", action="store_true", help="compile the decode step")
+    p.add_argument("--compile_prefill", action="store_true", help="compile prefill too (implies --compile)")
+    p.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default %(default)s)")
+    p.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bf16, fp16 or fp32 (default %(default)s)")
+    p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one more, uncounted, short run")
+    p.add_argument("--json", action="store_true", help="end stdout with the numbers as one line of JSON")
+    return p
+
+
+def load(args) -> tuple[Transformer, Tokenizer | None, list[int], frozenset[int]]:
+    """What the options ask for: model, tokenizer, prompt ids, stop ids."""
+    if args.random_weights is None:
+        path = args.checkpoint_path or str(DEMO)
+        model, tokenizer = load_model(path, args.device, args.dtype)
+        prompt = DEMO_PROMPT if args.prompt is None else args.prompt
+        if not prompt:
+            raise UserError("the prompt is empty; give some text with --prompt")
+        return model, tokenizer, tokenizer.encode(prompt), stop_ids(resolve_checkpoint(path), tokenizer)
+    if args.checkpoint_path is not None:
+        raise UserError("--random_weights and --checkpoint_path were both given; give one of them")
+    if not (args.prompt or "5").isdecimal():
+        raise UserError(f"--prompt is {args.prompt!r}; with --random_weights it is a number of synthetic tokens, as 512")
+    model = load_random(args.random_weights, args.device, args.dtype, args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    count = int(args.prompt or "5")
+    return model, None, torch.randint(model.config.vocab_size, (count,), generator=generator).tolist(), frozenset()
+
+
+def compile_steps(args, model: Transformer, sampling: Sampling) -> tuple[Steps, float]:
+    """Compile and warm up, so that no sample pays for it; the steps and the seconds it took."""
+    if not (args.compile or args.compile_prefill):
+        return Steps(), 0.0
+    start = time.perf_counter()
+    steps = compiled_steps(model.device, args.compile_prefill)
+    for length in (2, 1) if args.compile_prefill else (2,):
+        for _ in generate(model, [0] * length, 5, sampling, steps=steps):  # CUDA graphs are recorded by the third call
+            pass
+    machine.synchronize(model.device)
+    return steps, time.perf_counter() - start
+
+
+def profile(path: str, model: Transformer, prompt: list[int], **options) -> None:
+    with torch.profiler.profile() as trace:
+        for _ in generate(model, prompt, **{**options, "max_new_tokens": min(options["max_new_tokens"], 20)}):
+            pass
+    trace.export_chrome_trace(path)
+    print(f"trace written to {path}", file=sys.stderr)
+
+
+def write_text(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    machine.require_torch()
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    if args.num_samples < 1:
+        raise UserError(f"--num_samples is {args.num_samples}; it must be at least 1")
+    if args.profile and not Path(args.profile).absolute().parent.is_dir():
+        raise UserError(f"--profile {args.profile}: there is no such folder; create it first")
+    sys.stdout.reconfigure(errors="replace")
+    start = time.perf_counter()
+    model, tokenizer, prompt, stops = load(args)
+    load_s = time.perf_counter() - start
+    generate(model, prompt, args.max_new_tokens)  # checks the lengths and sizes the caches before anything is compiled
+    steps, compile_s = compile_steps(args, model, sampling)
+    options = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, steps=steps)
+    samples = []
+    for i in range(args.num_samples):
+        write_text(tokenizer.decode(prompt) if tokenizer else "")
+        samples.append(run_sample(model, tokenizer, prompt, write_text, stops, seed=args.seed + i, **options))
+        write_text("\n")
+        if samples[-1].stop == "interrupt":
+            break
+    report(args, model, samples, load_s, compile_s)
+    if args.profile and samples[-1].stop != "interrupt":
+        profile(args.profile, model, prompt, seed=args.seed, **options)
+    return 130 if samples[-1].stop == "interrupt" else 0
+
+
+def report(args, model: Transformer, samples: list[Sample], load_s: float, compile_s: float) -> None:
+    """Numbers to stderr, and with --json to the last line of stdout."""
+    peak = machine.peak_memory(model.device)  # before the bandwidth probe, which needs memory of its own
+    bandwidth = machine.read_bandwidth(model.device)
+    for sample in samples:
+        if sample.gb_s is not None:
+            sample.bandwidth_pct = 100 * sample.gb_s * 1e9 / bandwidth
+    name = args.random_weights or args.checkpoint_path or "demo"
+    dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
+    cached = f" ({machine.compile_cache_state()} cache)" if compile_s else ""
+    print(f"{name}, {dtype}, on {machine.device_name(model.device)} ({model.device}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__})\nload {load_s:.2f} s, compile {compile_s:.2f} s{cached}, peak memory "
+          f"{(peak or 0) / 1e9:.2f} GB, read bandwidth {bandwidth / 1e9:.1f} GB/s", file=sys.stderr)
+    for sample in samples:
+        print(describe(sample), file=sys.stderr)
+    if args.json:
+        print(json.dumps({
+            "model": name, "device": str(model.device), "dtype": dtype, "quantization": None, "torch": torch.__version__,
+            "threads": torch.get_num_threads(), "load_s": load_s, "compile_s": compile_s, "peak_memory_bytes": peak,
+            "bandwidth_gb_s": bandwidth / 1e9, "samples": [dataclasses.asdict(sample) for sample in samples]}))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,71 @@
+"""From logits to the next token, on the device and without waiting for it.
+
+Glossary: B batch, V vocabulary, N candidates left after top-k (V without it).
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose a token. Temperature 0 is argmax, exactly. top_k and top_p None: no limit."""
+    temperature: float = 0.8
+    top_k: int | None = 200
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature is {self.temperature}; allowed: 0 (argmax) or any positive number")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}; allowed: 1 or more (the vocabulary size or more keeps every token)")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; allowed: more than 0 and at most 1")
+
+    def arguments(self, vocab_size: int, device: torch.device) -> dict:
+        """The keyword arguments of `sample`. Numbers that users change freely travel as tensors: no recompile."""
+        if self.temperature == 0:
+            return dict(temperature=None, top_k=None, top_p=None)
+        on_device = lambda x: torch.tensor(x, dtype=torch.float32, device=device)  # noqa: E731
+        return dict(temperature=on_device(self.temperature),
+                    top_k=None if self.top_k is None or self.top_k >= vocab_size else self.top_k,
+                    top_p=None if self.top_p is None or self.top_p == 1 else on_device(self.top_p))
+
+
+def distribution(logits: Tensor, temperature: Tensor, top_k: int | None, top_p: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Logits [B, V] to float32 probabilities [B, N] and their token ids [B, N] (None: index is id).
+
+    top_k keeps exactly k tokens, ties included; top_p then keeps the smallest set of likeliest tokens whose mass
+    reaches p (Holtzman et al. 2020, arXiv 1904.09751), counted after top_k.
+    """
+    ids = None
+    logits = logits.float() / temperature
+    if top_k is not None:
+        logits, ids = logits.topk(top_k)  # [B, k], descending
+    elif top_p is not None:
+        logits, ids = logits.sort(descending=True)
+    probs = logits.softmax(-1)
+    if top_p is not None:
+        before = probs.cumsum(-1) - probs  # mass of the likelier ones; 0 for the first, which always stays
+        probs = torch.where(before < top_p, probs, 0.0)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs, ids
+
+
+def sample(logits: Tensor, temperature: Tensor | None, top_k: int | None = None, top_p: Tensor | None = None) -> Tensor:
+    """Logits [B, V] to one token id a row, [B, 1]; -1 in a row whose logits are not all finite.
+
+    temperature None is argmax. Otherwise argmax(p / e) with e ~ Exp(1), which draws from p without a sync or a
+    cumulative sum (the exponential form of the Gumbel-max trick). Uses the device's default generator.
+    """
+    if temperature is None:
+        token = logits.argmax(-1, keepdim=True)
+    else:
+        probs, ids = distribution(logits, temperature, top_k, top_p)
+        noise = torch.empty_like(probs).exponential_().clamp_min(torch.finfo(torch.float32).tiny)
+        token = (probs / noise).argmax(-1, keepdim=True)
+        token = token if ids is None else ids.gather(-1, token)
+    return torch.where(logits.isfinite().all(-1, keepdim=True), token, -1)
