@@ -146,6 +146,7 @@ def blame(model: Transformer) -> str:
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 def build(config: ModelConfig, dtype: str, device: torch.device) -> tuple[Transformer, torch.dtype]:
+    machine.require_torch()
     with torch.device("meta"):
         model = Transformer(config).eval()
     return model, machine.choose_dtype(dtype, config.dtype, device)
@@ -190,7 +191,7 @@ class Sample:
 
 def run_sample(model: Transformer, tokenizer: Tokenizer | None, prompt: list[int], write: Callable[[str], None],
                stops: frozenset[int], **options) -> Sample:
-    """Generate once, streaming text to `write`; Ctrl-C ends the text and keeps what was measured."""
+    """Generate once, streaming the prompt and its continuation to `write`; Ctrl-C ends the text and keeps what was measured."""
     stream = Stream(tokenizer, prompt) if tokenizer else None
     tokens, times, pieces, stop = [], [], [], "length"
     machine.synchronize(model.device)
@@ -198,6 +199,8 @@ def run_sample(model: Transformer, tokenizer: Tokenizer | None, prompt: list[int
     try:
         for token in generate(model, prompt, stop_ids=stops, **options):
             times.append(time.perf_counter())
+            if not tokens:  # not before: an error line should not follow half a text
+                write(tokenizer.decode(prompt) if tokenizer else "")
             tokens.append(token)
             if token in stops:
                 stop = "stop_id"
@@ -307,7 +310,6 @@ def write_text(text: str) -> None:
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
-    machine.require_torch()
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     if args.num_samples < 1:
         raise UserError(f"--num_samples is {args.num_samples}; it must be at least 1")
@@ -322,7 +324,6 @@ def main(argv: list[str]) -> int:
     options = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, steps=steps)
     samples = []
     for i in range(args.num_samples):
-        write_text(tokenizer.decode(prompt) if tokenizer else "")
         samples.append(run_sample(model, tokenizer, prompt, write_text, stops, seed=args.seed + i, **options))
         write_text("\n")
         if samples[-1].stop == "interrupt":

@@ -53,6 +53,28 @@ class RMSNorm(nn.Module):
         return (y * self.weight.float()).to(x.dtype)
 
 
+class Linear(nn.Module):
+    """y = x W^T, without bias. Not nn.Linear: its initialisation, useless here, costs half a second of imports."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., inputs] -> [..., outputs]
+        return ops.linear(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """Rows of a table [V, D]."""
+
+    def __init__(self, vocab_size: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [B, S] -> [B, S, D]
+        return F.embedding(tokens, self.weight)
+
+
 class KVCache(nn.Module):
     """Keys and values of past positions in static buffers [B, K, L, E], written in place."""
 
@@ -76,8 +98,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        self.wqkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.wo = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
+        self.wqkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.wo = Linear(self.heads * self.head_dim, config.dim)
         self.cache: KVCache | None = None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, where: ops.Attended) -> Tensor:  # x [B, S, D]
@@ -93,8 +115,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w13 = Linear(config.dim, 2 * config.ffn_dim)
+        self.w2 = Linear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, S, D]
         gate, up = self.w13(x).chunk(2, -1)
@@ -120,10 +142,10 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_embeddings = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Linear(config.dim, config.vocab_size)
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
         self.cache_length = 0
         self.tie()

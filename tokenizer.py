@@ -93,7 +93,7 @@ class Stream:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.ids = list(prompt)[-8:]
+        self.ids = list(prompt)  # all of it: a cut could fall inside a character and spoil the decoder's byte run
         self.context, self.read = 0, len(self.ids)  # ids[context:read] is shown already, ids[read:] is not
 
     def push(self, token: int) -> str:

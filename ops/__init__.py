@@ -13,6 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] times weight [out, in] transposed -> [..., out].
+
+    For one row on a CPU the vector goes to the right of the matrix: PyTorch then takes its matrix-vector kernel, which
+    streams a 16-bit weight about 1.4 times faster than the matrix-matrix one behind F.linear.
+    """
+    if x.device.type == "cpu" and weight.dtype != torch.float32 and x.numel() == x.shape[-1]:
+        return torch.mm(weight, x.reshape(-1, 1)).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
 class Attended(NamedTuple):
     """Which part of the cache a call attends to; made once and used by every layer."""
     positions: Tensor  # [B, S] position of each query
@@ -28,8 +39,9 @@ def attended(positions: Tensor, cache_length: int) -> Attended:
     """
     if positions.device.type == "cpu":
         span = positions.max().item() + 1
-        torch._check(span >= 1)
-        torch._check(span <= cache_length)
+        if torch.compiler.is_compiling():  # what the graph may assume of a size it does not know
+            torch._check(span >= 1)
+            torch._check(span <= cache_length)
         if positions.numel() == 1:
             return Attended(positions, span, None)
     else:

@@ -1,0 +1,177 @@
+"""The main job: prompts become text, compiled or not, the same each time, and the numbers are those of the run."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import DEMO, ROOT
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+import device
+import generate as g
+
+PROMPT = "import os\n\n\ndef read(path):\n    "
+GREEDY = g.Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module", params=["demo", "demo-draft"])
+def shipped(request):
+    return ROOT / "checkpoints" / request.param
+
+
+def test_the_demo_gives_the_tokens_that_transformers_gives(shipped):
+    model, tokenizer = g.load_model(shipped, "cpu", "fp32")
+    theirs = LlamaForCausalLM.from_pretrained(shipped, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(shipped)(PROMPT)["input_ids"]
+    assert tokenizer.encode(PROMPT) == ids
+    expected = theirs.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False)[0, len(ids):].tolist()
+    got = list(g.generate(model, ids, 60, GREEDY, stop_ids=frozenset({2})))
+    assert got == expected
+
+
+def test_the_demo_writes_its_golden_text():
+    """Greedy text in float32, kept in tests/golden.txt: any change of the arithmetic shows here."""
+    model, tokenizer = g.load_model(DEMO, "cpu", "fp32")
+    ids = tokenizer.encode(PROMPT)
+    text = PROMPT + tokenizer.decode(list(g.generate(model, ids, 100, GREEDY, stop_ids=frozenset({2}))))
+    assert text == (ROOT / "tests" / "golden.txt").read_text()
+
+
+def test_one_graph_serves_every_length_and_gives_the_eager_tokens(folder):
+    """Prompts of 1..300 tokens through compiled prefill and decode: the first two compile, nothing after does."""
+    torch._dynamo.reset()
+    from torch._dynamo.utils import counters
+    model, _ = g.load_model(folder.write(), "cpu")
+    model.setup_caches(1, 512)
+    steps = g.compiled_steps(model.device, compile_prefill=True)
+    sampling = g.Sampling(0.9, 20, 0.95)
+    ids = torch.randint(4096, (300,)).tolist()
+    for length in (2, 1):
+        list(g.generate(model, ids[:length], 3, sampling, steps=steps))
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled == 3  # prefill of several tokens, prefill of one, decode
+    for length in range(1, 301):
+        got = list(g.generate(model, ids[:length], 2, sampling, seed=length, steps=steps))
+        if length % 23 == 0:
+            assert got == list(g.generate(model, ids[:length], 2, sampling, seed=length))
+    for other in (g.Sampling(0.3, 20, 0.5), g.Sampling(2.0, 20, 0.99)):  # numbers that change freely
+        long = list(g.generate(model, ids[:50], 40, other, seed=5, steps=steps))
+        assert long == list(g.generate(model, ids[:50], 40, other, seed=5))
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+def test_compiled_greedy_decoding_of_the_demo_is_the_eager_one():
+    torch._dynamo.reset()
+    model, tokenizer = g.load_model(DEMO, "cpu", "fp32")
+    ids = tokenizer.encode(PROMPT)
+    steps = g.compiled_steps(model.device)
+    eager = list(g.generate(model, ids, 60, GREEDY))
+    assert list(g.generate(model, ids, 60, GREEDY, steps=steps)) == eager
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_with_the_same_result(folder, monkeypatch):
+    model, _ = g.load_model(folder.write(), "cpu")
+    ids = torch.randint(4096, (200,)).tolist()
+    whole = list(g.generate(model, ids, 20, seed=3))
+    monkeypatch.setattr(g, "PREFILL_CHUNK", 64)
+    assert list(g.generate(model, ids, 20, seed=3)) == whole
+
+
+def test_seeds_repeat_and_differ(folder):
+    model, _ = g.load_model(folder.write(), "cpu")
+    a, b, c = (list(g.generate(model, [1, 2, 3], 30, seed=seed)) for seed in (4, 4, 5))
+    assert a == b != c
+
+
+def test_stop_ids_end_the_text_and_are_the_last_token(folder):
+    model, _ = g.load_model(folder.write(), "cpu")
+    free = list(g.generate(model, [1, 2, 3], 30, GREEDY))
+    stop = free[7]
+    assert list(g.generate(model, [1, 2, 3], 30, GREEDY, stop_ids=frozenset({stop}))) == free[:free.index(stop) + 1]
+
+
+def test_every_number_of_new_tokens_is_kept_to(folder):
+    model, _ = g.load_model(folder.write(), "cpu")
+    assert [len(list(g.generate(model, [1], n))) for n in (1, 2, 300, 511)] == [1, 2, 300, 511]
+
+
+def test_tokens_read_late_are_the_same_tokens():
+    tensors = [torch.tensor([[i]]) for i in range(5)]
+    for depth in (0, 1, 2, 9):
+        reader = device.read_late(iter(tensors), torch.device("cpu"), depth)
+        assert list(reader) == [[0], [1], [2], [3], [4]]
+
+
+def test_numbers_are_those_of_the_run(folder):
+    model, tokenizer = g.load_model(folder.write(), "cpu")
+    written = []
+    sample = g.run_sample(model, tokenizer, [1, 300, 301], written.append, frozenset(), max_new_tokens=5, seed=0)
+    assert sample.stop == "length" and len(sample.tokens) == 5
+    assert "".join(written) == tokenizer.decode([1, 300, 301]) + sample.text
+    assert sample.ms_per_token == pytest.approx(1e3 / sample.decode_tok_s)
+    table = model.tok_embeddings.weight
+    weights = sum(t.nbytes for t in folder.tensors.values()) - table.nbytes + table[0].nbytes
+    assert sample.bytes_per_token == weights + int(5.5 * 2 * 2 * 2 * 16 * 4)  # positions, k and v, layers, heads, size, float32
+    assert sample.gb_s == pytest.approx(sample.bytes_per_token * sample.decode_tok_s / 1e9)
+
+
+JSON_FIELDS = {"model", "device", "dtype", "quantization", "torch", "threads", "load_s", "compile_s", "peak_memory_bytes",
+               "bandwidth_gb_s", "samples"}
+
+
+def test_the_command_streams_text_then_numbers(folder, command, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(device.PROBE_BYTES, "cpu", 1 << 24)
+    trace = tmp_path / "trace.json"
+    code, out, err = command(g.main, "--checkpoint_path", folder.write(), "--prompt", "a = 1\n", "--max_new_tokens", "8",
+                             "--num_samples", "2", "--json", "--profile", str(trace))
+    assert code == 0, err
+    document = json.loads(out.splitlines()[-1])
+    assert document.keys() == JSON_FIELDS
+    assert [len(s["tokens"]) for s in document["samples"]] == [8, 8]
+    assert document["samples"][0]["tokens"] != document["samples"][1]["tokens"]
+    assert out.count("a = 1\n") == 2 and document["samples"][0]["text"] in out
+    assert "tok/s" in err and "% of bandwidth" in err
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert list(tmp_path.glob("readonce/bandwidth.json"))
+
+
+def test_random_weights_need_no_tokenizer(command):
+    config = str(DEMO / "config.json")
+    code, out, err = command(g.main, "--random_weights", config, "--prompt", "40", "--max_new_tokens", "3", "--json")
+    assert code == 0, err
+    sample = json.loads(out.splitlines()[-1])["samples"][0]
+    assert len(sample["prompt_tokens"]) == 40 and len(sample["tokens"]) == 3
+
+
+def test_ctrl_c_ends_the_text_and_still_gives_the_numbers():
+    run = subprocess.Popen([sys.executable, "generate.py", "--max_new_tokens", "1000", "--prompt", "class A:\n"], cwd=ROOT,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert run.stdout.read(12).startswith("class A:\n")
+    time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    if "(interrupt)" not in err:  # the text may have ended by itself in that moment
+        assert "(stop_id)" in err and run.returncode == 0
+    else:
+        assert run.returncode == 130 and "tok/s" in err
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_leaves_is_no_error():
+    shell = f"{sys.executable} generate.py --max_new_tokens 300 | head -c 5; exit ${{PIPESTATUS[0]}}"
+    run = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode in (0, 141) and "Traceback" not in run.stderr
+
+
+def test_a_run_without_compilation_does_not_import_the_compiler():
+    code = ("import sys, generate; m, t = generate.load_model(generate.DEMO, 'cpu'); list(generate.generate(m, [1, 2], 3));"
+            "print([n for n in ('torch._inductor', 'torch._dynamo', 'transformers', 'sentencepiece', 'huggingface_hub')"
+            " if n in sys.modules])")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,88 @@
+"""Tokens are drawn from exactly the distribution the options describe."""
+import pytest
+import torch
+
+from errors import UserError
+from sampling import Sampling, distribution, sample
+
+CPU = torch.device("cpu")
+
+
+def exact(logits: torch.Tensor, options: Sampling) -> torch.Tensor:
+    """The distribution [V] in float64, written down from the definition."""
+    p = (logits.double() / options.temperature).softmax(-1)
+    order = p.argsort(descending=True)
+    if options.top_k:
+        p[order[options.top_k:]] = 0
+        p = p / p.sum()
+    if options.top_p:
+        mass, kept = 0.0, 0
+        for i in order.tolist():
+            if mass >= options.top_p:
+                break
+            mass, kept = mass + p[i].item(), kept + 1
+        p[order[kept:]] = 0
+    return p / p.sum()
+
+
+def chi_square_p(counts: torch.Tensor, p: torch.Tensor) -> float:
+    """Probability of counts at least this far from p, by Wilson and Hilferty's cube-root normal approximation."""
+    kept = p > 0
+    assert counts[~kept].sum() == 0
+    expected = counts.sum() * p[kept]
+    df = int(kept.sum()) - 1
+    if df == 0:
+        return 1.0
+    statistic = ((counts[kept] - expected) ** 2 / expected).sum()
+    z = ((statistic / df) ** (1 / 3) - (1 - 2 / (9 * df))) / (2 / (9 * df)) ** 0.5
+    return 0.5 * torch.special.erfc(z / 2**0.5).item()
+
+
+def draw(logits: torch.Tensor, options: Sampling, n: int = 40_000) -> torch.Tensor:
+    arguments = options.arguments(len(logits), CPU)
+    tokens = sample(logits.expand(n, -1), **arguments)
+    return torch.bincount(tokens.flatten(), minlength=len(logits)).double()
+
+
+@pytest.mark.parametrize("options", [
+    Sampling(1.0, None), Sampling(0.5, None), Sampling(2.0, 5), Sampling(1.0, None, 0.7), Sampling(0.8, 7, 0.6),
+    Sampling(1.0, 1), Sampling(1.0, None, 1e-6), Sampling(1.0, 10_000, 1.0)], ids=str)
+def test_samples_follow_the_exact_distribution(options):
+    torch.manual_seed(torch.seed() % 2**31)
+    logits = torch.randn(12) * 1.5
+    assert chi_square_p(draw(logits, options), exact(logits, options)) > 1e-6
+
+
+def test_the_chi_square_test_sees_a_small_bias():
+    logits = torch.zeros(8)
+    biased = torch.zeros(8)
+    biased[0] = 0.1
+    assert chi_square_p(draw(biased, Sampling(1.0, None)), exact(logits, Sampling(1.0, None))) < 1e-6
+
+
+def test_temperature_zero_is_argmax_even_among_close_logits():
+    logits = torch.zeros(1, 50)
+    logits[0, 31] = 1e-6
+    arguments = Sampling(temperature=0).arguments(50, CPU)
+    assert all(sample(logits, **arguments).item() == 31 for _ in range(20))
+
+
+def test_top_k_keeps_exactly_k_tokens_on_a_tie():
+    probs, ids = distribution(torch.zeros(1, 9), torch.tensor(1.0), 3, None)
+    assert probs.shape == ids.shape == (1, 3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_give_no_token(temperature, bad):
+    logits = torch.randn(2, 9)
+    logits[1, 4] = bad
+    tokens = sample(logits, **Sampling(temperature, 3).arguments(9, CPU))
+    assert tokens[0] >= 0 and tokens[1] == -1
+
+
+@pytest.mark.parametrize("options", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=0), dict(top_p=0.0),
+                                     dict(top_p=1.5), dict(top_p=float("nan")), dict(temperature=float("inf"))], ids=str)
+def test_impossible_options_are_refused(options):
+    with pytest.raises(UserError, match="allowed"):
+        Sampling(**options)
