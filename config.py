@@ -100,8 +100,9 @@ def llama(source: dict[str, Any]) -> ModelConfig:
         vocab_size=read(source, "vocab_size", int), dim=dim, n_layers=read(source, "num_hidden_layers", int),
         n_heads=heads, n_kv_heads=read(source, "num_key_value_heads", int, heads),
         head_dim=read(source, "head_dim", int, dim // max(heads, 1)), ffn_dim=read(source, "intermediate_size", int),
-        max_seq_len=read(source, "max_position_embeddings", int, 2048), norm_eps=read(source, "rms_norm_eps", float, 1e-6),
-        rope=read_rope(source), tie_embeddings=read(source, "tie_word_embeddings", bool, False),
+        max_seq_len=read(source, "max_position_embeddings", int, 2048),
+        norm_eps=read(source, "rms_norm_eps", float, 1e-6), rope=read_rope(source),
+        tie_embeddings=read(source, "tie_word_embeddings", bool, False),
         dtype=source.get("dtype") or source.get("torch_dtype"))
 
 

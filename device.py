@@ -176,7 +176,7 @@ def read_bandwidth(device: torch.device) -> float:
 # -- compiler ---------------------------------------------------------------------------------------------------------
 
 def configure_compiler(device: torch.device) -> None:
-    """Settings of torch.compile for the decode step; process-wide, so only a command line or `compiled_steps` calls it."""
+    """Settings of torch.compile for the decode step. They are process-wide: called when something is to be compiled."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))  # read when inductor is imported
     import torch._dynamo.config
     import torch._inductor.config
@@ -191,7 +191,8 @@ def configure_compiler(device: torch.device) -> None:
 def compile_cache_state() -> str:
     """`warm` if all graphs compiled so far came from the cache on disk, `cold` if any was made."""
     from torch._dynamo.utils import counters
-    return "cold" if counters["inductor"]["fxgraph_cache_miss"] or not counters["inductor"]["fxgraph_cache_hit"] else "warm"
+    made, found = counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"]
+    return "warm" if found and not made else "cold"
 
 
 # -- reading tokens ---------------------------------------------------------------------------------------------------

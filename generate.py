@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import device as machine
+import ops
 from config import ModelConfig, config_from_dict, config_of_shape, read_json
 from errors import Parser, UserError, run_command
 from loader import load_weights, random_weights, resolve_checkpoint
@@ -50,7 +51,7 @@ def prefill(model: Transformer, tokens: Tensor, positions: Tensor, sampling: dic
 
 
 def decode(model: Transformer, token: Tensor, position: Tensor, sampling: dict) -> tuple[Tensor, Tensor]:
-    """One token, [B, 1] at [B, 1] -> (next token, its position), both [B, 1]. Two names, so that each has its graphs."""
+    """One token, [B, 1] at [B, 1] -> (next token, its position), both [B, 1]."""
     return _step(model, token, position, sampling)
 
 
@@ -89,8 +90,9 @@ def generate(model: Transformer, prompt: Sequence[int], max_new_tokens: int = 20
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if len(prompt) + max_new_tokens > config.max_seq_len:
-        raise UserError(f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones need {len(prompt) + max_new_tokens} "
-                        f"positions; the model has {config.max_seq_len}: shorten one of them")
+        raise UserError(f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones need "
+                        f"{len(prompt) + max_new_tokens} positions; the model has {config.max_seq_len}: "
+                        f"shorten one of them")
     if min(prompt) < 0 or max(prompt) >= config.vocab_size:
         raise UserError(f"the prompt has token id {max(prompt) if min(prompt) >= 0 else min(prompt)}; the model's "
                         f"vocabulary is 0 to {config.vocab_size - 1}: tokenizer and model do not belong together")
@@ -140,13 +142,15 @@ def blame(model: Transformer) -> str:
     for name, p in model.named_parameters():
         if bad := int((~p.isfinite()).sum()):
             return f"{name} holds {bad} values that are NaN or infinite; get the checkpoint again"
-    return f"all weights are, so activations overflow {str(model.tok_embeddings.weight.dtype)[6:]}; try --dtype fp32 or bf16"
+    dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
+    return f"all weights are, so activations overflow {dtype}; try --dtype fp32 or bf16"
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 def build(config: ModelConfig, dtype: str, device: torch.device) -> tuple[Transformer, torch.dtype]:
     machine.require_torch()
+    ops.bind(device.type)
     with torch.device("meta"):
         model = Transformer(config).eval()
     return model, machine.choose_dtype(dtype, config.dtype, device)
@@ -191,7 +195,7 @@ class Sample:
 
 def run_sample(model: Transformer, tokenizer: Tokenizer | None, prompt: list[int], write: Callable[[str], None],
                stops: frozenset[int], **options) -> Sample:
-    """Generate once, streaming the prompt and its continuation to `write`; Ctrl-C ends the text and keeps what was measured."""
+    """Generate once, streaming the prompt and its continuation to `write`; Ctrl-C ends it and keeps the numbers."""
     stream = Stream(tokenizer, prompt) if tokenizer else None
     tokens, times, pieces, stop = [], [], [], "length"
     machine.synchronize(model.device)
@@ -238,7 +242,8 @@ def describe(sample: Sample) -> str:
     if sample.decode_tok_s is None:
         return text
     return (f"{text}, {sample.decode_tok_s:.1f} tok/s, {sample.ms_per_token:.2f} ms/token; "
-            f"{sample.bytes_per_token / 1e6:.1f} MB/token, {sample.gb_s:.1f} GB/s = {sample.bandwidth_pct:.0f} % of bandwidth")
+            f"{sample.bytes_per_token / 1e6:.1f} MB/token, {sample.gb_s:.1f} GB/s = "
+            f"{sample.bandwidth_pct:.0f} % of bandwidth")
 
 
 # -- command line -----------------------------------------------------------------------------------------------------
@@ -252,7 +257,8 @@ def parser() -> Parser:
     p.add_argument("--num_samples", type=int, default=1, help="texts to generate (default %(default)s)")
     p.add_argument("--max_new_tokens", type=int, default=200, help="default %(default)s")
     p.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 is argmax (default %(default)s)")
-    p.add_argument("--top_k", type=int, default=Sampling.top_k, help="default %(default)s; the vocabulary size keeps all")
+    p.add_argument("--top_k", type=int, default=Sampling.top_k,
+                   help="default %(default)s; the vocabulary size keeps all")
     p.add_argument("--top_p", type=float, default=Sampling.top_p, help="nucleus sampling (default: off)")
     p.add_argument("--seed", type=int, default=0, help="sample i uses seed + i (default %(default)s)")
     p.add_argument("--compile", action="store_true", help="compile the decode step")
@@ -276,7 +282,7 @@ def load(args) -> tuple[Transformer, Tokenizer | None, list[int], frozenset[int]
     if args.checkpoint_path is not None:
         raise UserError("--random_weights and --checkpoint_path were both given; give one of them")
     if not (args.prompt or "5").isdecimal():
-        raise UserError(f"--prompt is {args.prompt!r}; with --random_weights it is a number of synthetic tokens, as 512")
+        raise UserError(f"--prompt is {args.prompt!r}; with --random_weights it is a number of synthetic tokens")
     model = load_random(args.random_weights, args.device, args.dtype, args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     count = int(args.prompt or "5")
@@ -338,22 +344,24 @@ def report(args, model: Transformer, samples: list[Sample], load_s: float, compi
     """Numbers to stderr, and with --json to the last line of stdout."""
     peak = machine.peak_memory(model.device)  # before the bandwidth probe, which needs memory of its own
     bandwidth = machine.read_bandwidth(model.device)
-    for sample in samples:
-        if sample.gb_s is not None:
-            sample.bandwidth_pct = 100 * sample.gb_s * 1e9 / bandwidth
+    for measured in samples:
+        if measured.gb_s is not None:
+            measured.bandwidth_pct = 100 * measured.gb_s * 1e9 / bandwidth
     name = args.random_weights or args.checkpoint_path or "demo"
     dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
     cached = f" ({machine.compile_cache_state()} cache)" if compile_s else ""
-    print(f"{name}, {dtype}, on {machine.device_name(model.device)} ({model.device}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__})\nload {load_s:.2f} s, compile {compile_s:.2f} s{cached}, peak memory "
-          f"{(peak or 0) / 1e9:.2f} GB, read bandwidth {bandwidth / 1e9:.1f} GB/s", file=sys.stderr)
-    for sample in samples:
-        print(describe(sample), file=sys.stderr)
+    threads = torch.get_num_threads()
+    print(f"{name}, {dtype}, on {machine.device_name(model.device)} ({model.device}, {threads} threads, "
+          f"torch {torch.__version__})\nload {load_s:.2f} s, compile {compile_s:.2f} s{cached}, "
+          f"peak memory {(peak or 0) / 1e9:.2f} GB, read bandwidth {bandwidth / 1e9:.1f} GB/s", file=sys.stderr)
+    for measured in samples:
+        print(describe(measured), file=sys.stderr)
     if args.json:
         print(json.dumps({
-            "model": name, "device": str(model.device), "dtype": dtype, "quantization": None, "torch": torch.__version__,
-            "threads": torch.get_num_threads(), "load_s": load_s, "compile_s": compile_s, "peak_memory_bytes": peak,
-            "bandwidth_gb_s": bandwidth / 1e9, "samples": [dataclasses.asdict(sample) for sample in samples]}))
+            "model": name, "device": str(model.device), "dtype": dtype, "quantization": None,
+            "torch": torch.__version__, "threads": threads, "load_s": load_s, "compile_s": compile_s,
+            "peak_memory_bytes": peak, "bandwidth_gb_s": bandwidth / 1e9,
+            "samples": [dataclasses.asdict(s) for s in samples]}))
 
 
 if __name__ == "__main__":

@@ -58,21 +58,19 @@ def resolve_checkpoint(path: str) -> Path:
 
 def download(repo: str, folder: Path | None = None) -> Path:
     """The config, tokenizer and safetensors of a hub repository, into `folder` or the hub's cache; resumes."""
-    import httpx  # comes with huggingface_hub, as does its connection error
+    from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.errors import RepositoryNotFoundError
     try:
         return Path(snapshot_download(repo, allow_patterns=HUB_FILES, local_dir=folder))
-    except GatedRepoError:
+    except hub.GatedRepoError:
         raise UserError(f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then run "
                         f"`hf auth login` (or set HF_TOKEN) and try again") from None
-    except RepositoryNotFoundError:
+    except hub.RepositoryNotFoundError:
         raise UserError(f"the hub has no repository {repo}, or it is private; check the name, and `hf auth login` "
                         f"if it is yours") from None
-    except HFValidationError as e:
+    except hub.HFValidationError as e:
         raise UserError(f"{repo!r} is not a repository name ({e}); expected ORG/NAME") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as e:
+    except (hub.LocalEntryNotFoundError, hub.HTTPError, OSError) as e:
         reason = str(e).strip().splitlines()
         raise UserError(f"{repo} could not be downloaded ({reason[0] if reason else type(e).__name__}); "
                         f"run again to resume, or give a local folder") from None
@@ -96,7 +94,8 @@ class Checkpoint:
                                         f"which it does not; download the folder again")
                     part = file.get_slice(name)
                     if part.get_dtype() not in STORED and not IGNORED.fullmatch(name):
-                        raise UserError(f"{path.name}: {name} has dtype {part.get_dtype()}; supported: {', '.join(STORED)}")
+                        raise UserError(f"{path.name}: {name} has dtype {part.get_dtype()}; "
+                                        f"supported: {', '.join(STORED)}")
                     self.tensors[name] = (path, tuple(part.get_shape()), STORED.get(part.get_dtype(), torch.float32))
 
     def shards(self) -> dict[Path, list[str] | None]:

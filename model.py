@@ -78,7 +78,8 @@ class Embedding(nn.Module):
 class KVCache(nn.Module):
     """Keys and values of past positions in static buffers [B, K, L, E], written in place."""
 
-    def __init__(self, batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype,
+                 device: torch.device) -> None:
         super().__init__()
         for name in ("k", "v"):
             buffer = torch.zeros(batch, heads, length, head_dim, dtype=dtype, device=device)

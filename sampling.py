@@ -21,7 +21,7 @@ class Sampling:
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature is {self.temperature}; allowed: 0 (argmax) or any positive number")
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}; allowed: 1 or more (the vocabulary size or more keeps every token)")
+            raise UserError(f"top_k is {self.top_k}; allowed: 1 or more (the vocabulary size keeps every token)")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; allowed: more than 0 and at most 1")
 
@@ -35,7 +35,8 @@ class Sampling:
                     top_p=None if self.top_p is None or self.top_p == 1 else on_device(self.top_p))
 
 
-def distribution(logits: Tensor, temperature: Tensor, top_k: int | None, top_p: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def distribution(logits: Tensor, temperature: Tensor, top_k: int | None,
+                 top_p: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Logits [B, V] to float32 probabilities [B, N] and their token ids [B, N] (None: index is id).
 
     top_k keeps exactly k tokens, ties included; top_p then keeps the smallest set of likeliest tokens whose mass

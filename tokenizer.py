@@ -41,7 +41,8 @@ class SentencePieceTokenizer:
         try:
             self.library = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as e:
-            raise UserError(f"{path} is not a sentencepiece model ({str(e).splitlines()[0]}); download it again") from None
+            reason = str(e).splitlines()[0]
+            raise UserError(f"{path} is not a sentencepiece model ({reason}); download it again") from None
         self.vocab_size = self.library.vocab_size()
 
     def encode(self, text: str) -> list[int]:
@@ -98,7 +99,7 @@ class Stream:
 
     def push(self, token: int) -> str:
         self.ids.append(token)
-        return self.emit(hold=len(self.ids) - self.read < 8)  # a character has 4 bytes: past 8 tokens it is no character
+        return self.emit(hold=len(self.ids) - self.read < 8)  # characters have 4 bytes at most
 
     def flush(self) -> str:
         return self.emit(hold=False)

@@ -6,12 +6,15 @@ here and never asks which device it runs on.
 Glossary: B batch, S tokens in this call, L positions in the cache, n positions attended to, H heads, K kv heads,
 G = H / K query heads per kv head, E head_dim.
 """
+import importlib
+import importlib.util
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# -- linear -----------------------------------------------------------------------------------------------------------
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] times weight [out, in] transposed -> [..., out].
@@ -24,28 +27,56 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+# -- attention --------------------------------------------------------------------------------------------------------
+
+LIBRARY = torch.library.Library("readonce", "DEF")
+LIBRARY.define("decode_attention(Tensor q, Tensor k, Tensor v, Tensor positions) -> Tensor")
+
+
+def bind(device_type: str) -> None:
+    """Import the fast twins of a device, which register themselves; without Triton the masked form serves CUDA too."""
+    if device_type == "cuda" and importlib.util.find_spec("triton"):
+        importlib.import_module("ops.cuda")
+
+
+@torch.library.impl(LIBRARY, "decode_attention", "CompositeExplicitAutograd")
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    """Rows q [B, K, R, E] over whole caches [B, K, L, E]; row r stands at positions[:, r % S] -> [B, K, R, E].
+
+    Cost follows L. `ops/cuda.py` has the form whose cost follows the filled part.
+    """
+    seen = torch.arange(k.shape[2], device=q.device) <= positions[..., None]  # [B, S, L]
+    groups = q.shape[2] // positions.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.repeat(1, groups, 1)[:, None])
+
+
+@torch.library.register_fake("readonce::decode_attention")
+def _(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
 class Attended(NamedTuple):
     """Which part of the cache a call attends to; made once and used by every layer."""
     positions: Tensor  # [B, S] position of each query
-    span: int  # cache positions [0, span) are read; the rest is not touched
+    span: int | None  # cache positions [0, span) are read; None: known only on the device
     mask: Tensor | None  # [B, 1, 1, S, span], True where a query may look; None: everywhere
 
 
 def attended(positions: Tensor, cache_length: int) -> Attended:
-    """The attended part of the cache for queries at `positions`.
+    """The attended part of the cache for queries at `positions`, so that cost follows the filled part.
 
-    On a CPU the last position is read back (a graph keeps it as an unknown size), so cost follows the filled part with
-    one graph for all lengths. Elsewhere reading it back would stall the device: the whole cache is read, masked.
+    A CPU reads the last position back (a graph keeps it as an unknown size: one graph for all lengths), and so does a
+    GPU for a prompt, once per chunk. For a few rows, as in decoding, reading back would stall the GPU and break its
+    graph: there the kernel reads the position itself.
     """
-    if positions.device.type == "cpu":
-        span = positions.max().item() + 1
-        if torch.compiler.is_compiling():  # what the graph may assume of a size it does not know
-            torch._check(span >= 1)
-            torch._check(span <= cache_length)
-        if positions.numel() == 1:
-            return Attended(positions, span, None)
-    else:
-        span = cache_length
+    if positions.device.type != "cpu" and positions.shape[1] <= 16:
+        return Attended(positions, None, None)
+    span = positions.max().item() + 1
+    if torch.compiler.is_compiling():  # what the graph may assume of a size it does not know
+        torch._check(span >= 1)
+        torch._check(span <= cache_length)
+    if positions.numel() == 1:
+        return Attended(positions, span, None)
     keys = torch.arange(span, device=positions.device)
     return Attended(positions, span, (keys <= positions[..., None])[:, None, None])
 
@@ -59,10 +90,13 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, where: Attended) -> T
     B, S, H, E = q.shape
     K = k_cache.shape[1]
     G = H // K
-    k, v = k_cache.narrow(2, 0, where.span), v_cache.narrow(2, 0, where.span)  # [B, K, n, E]
-    mask = None
-    if where.mask is not None:
-        mask = where.mask.expand(B, 1, G, S, where.span).reshape(B, 1, G * S, where.span)
     q = q.view(B, S, K, G, E).permute(0, 2, 3, 1, 4).reshape(B, K, G * S, E)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if where.span is None:
+        y = torch.ops.readonce.decode_attention(q, k_cache, v_cache, where.positions)
+    else:
+        k, v = k_cache.narrow(2, 0, where.span), v_cache.narrow(2, 0, where.span)  # [B, K, n, E]
+        mask = where.mask
+        if mask is not None:
+            mask = mask.expand(B, 1, G, S, where.span).reshape(B, 1, G * S, where.span)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.view(B, K, G, S, E).permute(0, 3, 1, 2, 4).reshape(B, S, H, E)

@@ -1,4 +1,4 @@
-"""The truth of each operation in ops/, in plain PyTorch and float32: slow, short, and what the fast twins are tested against."""
+"""The truth of each operation in ops/, in plain PyTorch and float32: slow, short, what the fast twins are tested by."""
 import torch
 from torch import Tensor
 

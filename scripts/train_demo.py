@@ -189,7 +189,8 @@ machinery; it is not good at anything else.
   path has crc32 % 16 == 0 ({held_kb:.0f} KB) were held out.
 - **Licence**: the text is under the PSF licence (https://docs.python.org/3/license.html); these weights are published
   under this repository's BSD-3-Clause.
-- **Size**: {parameters:,} parameters, `model.safetensors` {size_mb:.1f} MB (bfloat16), vocabulary {vocab}, context {context}.
+- **Size**: {parameters:,} parameters, `model.safetensors` {size_mb:.1f} MB (bfloat16), vocabulary {vocab}, context
+  {context}.
 - **Training**: {steps} steps of {tokens_per_step} tokens, seed {seed}.
 - **Held-out bits per byte**: **{bpb:.3f}** (target {target:.3f}, draft {draft:.3f}; `xz -9e` over the same files in one
   piece {xz:.3f}).

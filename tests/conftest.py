@@ -12,8 +12,8 @@ import errors
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "checkpoints" / "demo"
 
-TINY = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=4096, hidden_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=128,
+TINY = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=4096, hidden_size=64,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=128,
             max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=False, torch_dtype="float32",
             eos_token_id=2)
 

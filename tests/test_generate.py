@@ -115,20 +115,20 @@ def test_numbers_are_those_of_the_run(folder):
     assert sample.ms_per_token == pytest.approx(1e3 / sample.decode_tok_s)
     table = model.tok_embeddings.weight
     weights = sum(t.nbytes for t in folder.tensors.values()) - table.nbytes + table[0].nbytes
-    assert sample.bytes_per_token == weights + int(5.5 * 2 * 2 * 2 * 16 * 4)  # positions, k and v, layers, heads, size, float32
+    assert sample.bytes_per_token == weights + int(5.5 * 2 * 2 * 2 * 16 * 4)  # positions x k, v x layers x heads x size
     assert sample.gb_s == pytest.approx(sample.bytes_per_token * sample.decode_tok_s / 1e9)
 
 
-JSON_FIELDS = {"model", "device", "dtype", "quantization", "torch", "threads", "load_s", "compile_s", "peak_memory_bytes",
-               "bandwidth_gb_s", "samples"}
+JSON_FIELDS = {"model", "device", "dtype", "quantization", "torch", "threads", "load_s", "compile_s",
+               "peak_memory_bytes", "bandwidth_gb_s", "samples"}
 
 
 def test_the_command_streams_text_then_numbers(folder, command, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setitem(device.PROBE_BYTES, "cpu", 1 << 24)
     trace = tmp_path / "trace.json"
-    code, out, err = command(g.main, "--checkpoint_path", folder.write(), "--prompt", "a = 1\n", "--max_new_tokens", "8",
-                             "--num_samples", "2", "--json", "--profile", str(trace))
+    code, out, err = command(g.main, "--checkpoint_path", folder.write(), "--prompt", "a = 1\n",
+                             "--max_new_tokens", "8", "--num_samples", "2", "--json", "--profile", str(trace))
     assert code == 0, err
     document = json.loads(out.splitlines()[-1])
     assert document.keys() == JSON_FIELDS
@@ -149,8 +149,8 @@ def test_random_weights_need_no_tokenizer(command):
 
 
 def test_ctrl_c_ends_the_text_and_still_gives_the_numbers():
-    run = subprocess.Popen([sys.executable, "generate.py", "--max_new_tokens", "1000", "--prompt", "class A:\n"], cwd=ROOT,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    run = subprocess.Popen([sys.executable, "generate.py", "--max_new_tokens", "1000", "--prompt", "class A:\n"],
+                           cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            env={**os.environ, "PYTHONUNBUFFERED": "1"})
     assert run.stdout.read(12).startswith("class A:\n")
     time.sleep(0.05)
@@ -170,7 +170,8 @@ def test_a_reader_that_leaves_is_no_error():
 
 
 def test_a_run_without_compilation_does_not_import_the_compiler():
-    code = ("import sys, generate; m, t = generate.load_model(generate.DEMO, 'cpu'); list(generate.generate(m, [1, 2], 3));"
+    code = ("import sys, generate; m, t = generate.load_model(generate.DEMO, 'cpu');"
+            "list(generate.generate(m, [1, 2], 3));"
             "print([n for n in ('torch._inductor', 'torch._dynamo', 'transformers', 'sentencepiece', 'huggingface_hub')"
             " if n in sys.modules])")
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

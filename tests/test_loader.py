@@ -35,7 +35,7 @@ def test_the_header_alone_tells_what_is_there(folder):
 
 
 def test_loading_holds_the_weights_once(folder):
-    """Peak resident memory of a process that loads 140 MB of weights: they and little more, though q, k, v are joined."""
+    """Peak resident memory of a process that loads 140 MB of weights, some of them joined: they and little more."""
     folder.config.update(hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=16,
                          num_key_value_heads=4, head_dim=64, torch_dtype="bfloat16")
     from conftest import tiny_tensors
@@ -51,7 +51,8 @@ def test_loading_holds_the_weights_once(folder):
         generate.load_model(sys.argv[1], "cpu")
         print(status("VmHWM") - before)
     """
-    run = subprocess.run([sys.executable, "-c", code, folder.write()], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code, folder.write()], cwd=ROOT, capture_output=True, text=True,
+                         check=True)
     largest = max(t.nbytes for t in folder.tensors.values())
     assert int(run.stdout) < 1.1 * size + largest + 8e6
 

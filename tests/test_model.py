@@ -16,8 +16,8 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
 SHAPES = {
     "llama 2": dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False,
                     rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
-    "llama 3.2": dict(hidden_size=96, num_attention_heads=8, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
-                      rope_parameters=dict(LLAMA3, rope_theta=500000.0)),
+    "llama 3.2": dict(hidden_size=96, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
+                      tie_word_embeddings=True, rope_parameters=dict(LLAMA3, rope_theta=500000.0)),
     "linear rope": dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=False,
                         rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)),
 }

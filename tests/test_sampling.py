@@ -81,8 +81,9 @@ def test_logits_that_are_not_finite_give_no_token(temperature, bad):
     assert tokens[0] >= 0 and tokens[1] == -1
 
 
-@pytest.mark.parametrize("options", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=0), dict(top_p=0.0),
-                                     dict(top_p=1.5), dict(top_p=float("nan")), dict(temperature=float("inf"))], ids=str)
+@pytest.mark.parametrize("options", [
+    dict(temperature=-1), dict(temperature=float("nan")), dict(temperature=float("inf")), dict(top_k=0),
+    dict(top_p=0.0), dict(top_p=1.5), dict(top_p=float("nan"))], ids=str)
 def test_impossible_options_are_refused(options):
     with pytest.raises(UserError, match="allowed"):
         Sampling(**options)

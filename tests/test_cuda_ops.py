@@ -1,0 +1,66 @@
+"""The Triton kernels compute what ops/reference.py computes. Without a GPU they run in Triton's interpreter on the CPU:
+that checks indexing, masks and arithmetic, not speed or races."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import ops
+from ops import reference
+
+CASES = [(1, 1, 8, 2, 16, 256), (1, 5, 4, 1, 64, 320), (2, 1, 6, 6, 32, 200), (2, 3, 8, 2, 64, 4096)]
+
+
+def inputs(B: int, S: int, H: int, K: int, E: int, L: int) -> tuple[torch.Tensor, ...]:
+    """Random queries, caches with an unfilled tail of NaN, and positions that differ from row to row."""
+    q, (k, v) = torch.randn(B, S, H, E), torch.randn(2, B, K, L, E)
+    positions = torch.randint(L // 2, (B, 1)) + torch.arange(S)
+    return q, k, v, positions
+
+
+def folded(q: torch.Tensor, K: int) -> torch.Tensor:
+    B, S, H, E = q.shape
+    return q.view(B, S, K, H // K, E).permute(0, 2, 3, 1, 4).reshape(B, K, H // K * S, E)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_masked_form_equals_the_reference(case):
+    q, k, v, positions = inputs(*case)
+    got = torch.ops.readonce.decode_attention(folded(q, case[3]), k, v, positions)
+    torch.testing.assert_close(got, folded(reference.attention(q, k, v, positions), case[3]), rtol=0, atol=1e-5)
+
+
+def test_the_kernel_equals_the_reference_and_reads_no_empty_tail():
+    """In a process of its own: the interpreter is chosen when Triton is imported."""
+    pytest.importorskip("triton")
+    code = f"""if True:
+        import sys
+        sys.path.insert(0, {str(ROOT / "tests")!r})
+        import torch
+        from test_cuda_ops import CASES, folded, inputs
+        from ops import reference
+        from ops.cuda import decode_attention
+        for case in CASES:
+            q, k, v, positions = inputs(*case)
+            truth = folded(reference.attention(q, k, v, positions), case[3])
+            for b, last in enumerate(positions[:, -1].tolist()):
+                k[b, :, last + 1:], v[b, :, last + 1:] = float("nan"), float("nan")
+            for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 1e-2)):
+                got = decode_attention(folded(q, case[3]).to(dtype), k.to(dtype), v.to(dtype), positions)
+                torch.testing.assert_close(got.float(), truth, rtol=0, atol=bound)
+        print("equal")
+    """
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                         env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert run.stdout == "equal\n", run.stderr[-2000:]
+
+
+def test_a_graph_with_the_op_has_no_break_and_gives_the_eager_result():
+    """The op as decoding on a GPU uses it: opaque to the compiler, traced through its fake."""
+    q, k, v, positions = inputs(1, 1, 4, 2, 32, 64)
+    where = ops.Attended(positions, None, None)
+    compiled = torch.compile(lambda q: ops.attention(q, k, v, where) * 2, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q), reference.attention(q, k, v, positions) * 2, rtol=0, atol=1e-5)
