@@ -31,7 +31,7 @@ from errors import Parser, UserError, run_command
 from loader import load_weights, random_weights, resolve_checkpoint
 from model import Transformer
 from sampling import Sampling, sample
-from tokenizer import Stream, Tokenizer, load_tokenizer, stop_ids
+from tokenizer import Stream, Tokenizer, load_tokenizer
 
 DEMO = Path(__file__).parent / "checkpoints" / "demo"
 DEMO_PROMPT = "import argparse\nimport json\n\n\ndef main():\n    "
@@ -41,7 +41,7 @@ PREFILL_CHUNK = 512  # tokens in one prefill call: bounds memory for activations
 # -- the two steps ----------------------------------------------------------------------------------------------------
 
 def _step(model: Transformer, tokens: Tensor, positions: Tensor, sampling: dict) -> tuple[Tensor, Tensor]:
-    token = sample(model(tokens, positions), **sampling)
+    token = sample(model(tokens.clamp_min(0), positions), **sampling)  # -1 ends a text, but only once it has been read
     return token, positions[:, -1:] + 1
 
 
@@ -84,6 +84,12 @@ def generate(model: Transformer, prompt: Sequence[int], max_new_tokens: int = 20
     Raises UserError for an empty prompt, ids outside the vocabulary, texts over the model's context, and when the
     weights give logits that are not finite.
     """
+    prepare(model, prompt, max_new_tokens)
+    return _generate(model, prompt, max_new_tokens, sampling, stop_ids, seed, steps)
+
+
+def prepare(model: Transformer, prompt: Sequence[int], max_new_tokens: int) -> None:
+    """Check that such a text is possible, and make room for it: caches of a power of two, so that growing is rare."""
     config = model.config
     if not len(prompt):
         raise UserError("the prompt is empty; give at least one token")
@@ -96,15 +102,9 @@ def generate(model: Transformer, prompt: Sequence[int], max_new_tokens: int = 20
     if min(prompt) < 0 or max(prompt) >= config.vocab_size:
         raise UserError(f"the prompt has token id {max(prompt) if min(prompt) >= 0 else min(prompt)}; the model's "
                         f"vocabulary is 0 to {config.vocab_size - 1}: tokenizer and model do not belong together")
-    grow_caches(model, len(prompt) + max_new_tokens)
-    return _generate(model, prompt, max_new_tokens, sampling, stop_ids, seed, steps)
-
-
-def grow_caches(model: Transformer, length: int) -> None:
-    """Room for at least `length` positions: powers of two, so that growing is rare."""
+    length = len(prompt) + max_new_tokens
     if model.cache_length < length:
-        length = max(256, 1 << (length - 1).bit_length())
-        length = min(length, max(model.config.max_seq_len, 1))
+        length = min(max(256, 1 << (length - 1).bit_length()), config.max_seq_len)
         machine.require_memory(length * model.cache_bytes_per_position(), model.device)
         model.setup_caches(1, length)
 
@@ -132,7 +132,6 @@ def _tokens(model, prompt, max_new_tokens, sampling, seed, steps) -> Iterator[Te
         token, position = steps.prefill(model, ids[chunk][None], positions[chunk][None], arguments)
     yield token
     for _ in range(max_new_tokens - 1):
-        token = token.clamp_min(0)  # a -1 ends the text, but only once it has been read
         token, position = (t.clone() for t in steps.decode(model, token, position, arguments))
         yield token
 
@@ -194,9 +193,9 @@ class Sample:
 
 
 def run_sample(model: Transformer, tokenizer: Tokenizer | None, prompt: list[int], write: Callable[[str], None],
-               stops: frozenset[int], **options) -> Sample:
+               **options) -> Sample:
     """Generate once, streaming the prompt and its continuation to `write`; Ctrl-C ends it and keeps the numbers."""
-    stream = Stream(tokenizer, prompt) if tokenizer else None
+    stream, stops = (Stream(tokenizer, prompt), tokenizer.stop_ids) if tokenizer else (None, frozenset())
     tokens, times, pieces, stop = [], [], [], "length"
     machine.synchronize(model.device)
     start = time.perf_counter()
@@ -270,15 +269,14 @@ def parser() -> Parser:
     return p
 
 
-def load(args) -> tuple[Transformer, Tokenizer | None, list[int], frozenset[int]]:
-    """What the options ask for: model, tokenizer, prompt ids, stop ids."""
+def load(args) -> tuple[Transformer, Tokenizer | None, list[int]]:
+    """What the options ask for: model, tokenizer, prompt ids."""
     if args.random_weights is None:
-        path = args.checkpoint_path or str(DEMO)
-        model, tokenizer = load_model(path, args.device, args.dtype)
+        model, tokenizer = load_model(args.checkpoint_path or DEMO, args.device, args.dtype)
         prompt = DEMO_PROMPT if args.prompt is None else args.prompt
         if not prompt:
             raise UserError("the prompt is empty; give some text with --prompt")
-        return model, tokenizer, tokenizer.encode(prompt), stop_ids(resolve_checkpoint(path), tokenizer)
+        return model, tokenizer, tokenizer.encode(prompt)
     if args.checkpoint_path is not None:
         raise UserError("--random_weights and --checkpoint_path were both given; give one of them")
     if not (args.prompt or "5").isdecimal():
@@ -286,7 +284,7 @@ def load(args) -> tuple[Transformer, Tokenizer | None, list[int], frozenset[int]
     model = load_random(args.random_weights, args.device, args.dtype, args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     count = int(args.prompt or "5")
-    return model, None, torch.randint(model.config.vocab_size, (count,), generator=generator).tolist(), frozenset()
+    return model, None, torch.randint(model.config.vocab_size, (count,), generator=generator).tolist()
 
 
 def compile_steps(args, model: Transformer, sampling: Sampling) -> tuple[Steps, float]:
@@ -296,8 +294,8 @@ def compile_steps(args, model: Transformer, sampling: Sampling) -> tuple[Steps, 
     start = time.perf_counter()
     steps = compiled_steps(model.device, args.compile_prefill)
     for length in (2, 1) if args.compile_prefill else (2,):
-        for _ in generate(model, [0] * length, 5, sampling, steps=steps):  # CUDA graphs are recorded by the third call
-            pass
+        for _ in generate(model, [0] * length, min(5, model.config.max_seq_len - length), sampling, steps=steps):
+            pass  # several tokens: a CUDA graph is compiled, recorded and replayed in three calls
     machine.synchronize(model.device)
     return steps, time.perf_counter() - start
 
@@ -323,14 +321,14 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--profile {args.profile}: there is no such folder; create it first")
     sys.stdout.reconfigure(errors="replace")
     start = time.perf_counter()
-    model, tokenizer, prompt, stops = load(args)
+    model, tokenizer, prompt = load(args)
     load_s = time.perf_counter() - start
-    generate(model, prompt, args.max_new_tokens)  # checks the lengths and sizes the caches before anything is compiled
+    prepare(model, prompt, args.max_new_tokens)  # before anything is compiled, which depends on the caches' size
     steps, compile_s = compile_steps(args, model, sampling)
     options = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, steps=steps)
     samples = []
     for i in range(args.num_samples):
-        samples.append(run_sample(model, tokenizer, prompt, write_text, stops, seed=args.seed + i, **options))
+        samples.append(run_sample(model, tokenizer, prompt, write_text, seed=args.seed + i, **options))
         write_text("\n")
         if samples[-1].stop == "interrupt":
             break

@@ -1,7 +1,7 @@
 """Text to token ids and back: `tokenizer.json` (the tokenizers library) or `tokenizer.model` (sentencepiece).
 
-`Stream` turns ids into text as they come, without broken characters or lost spaces. `stop_ids` is the union of
-every place where a checkpoint names the tokens that end a text.
+`Stream` turns ids into text as they come, without broken characters or lost spaces. A tokenizer's `stop_ids` are the
+union of every place where a checkpoint names the tokens that end a text.
 """
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ REPLACEMENT = "\ufffd"  # what a decoder shows for an incomplete UTF-8 sequence
 
 class JsonTokenizer:
     """`tokenizer.json`: every current family."""
+    stop_ids: frozenset[int] = frozenset()
 
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as Library  # here, so that a run without text does not import it
@@ -35,6 +36,7 @@ class JsonTokenizer:
 
 class SentencePieceTokenizer:
     """`tokenizer.model`: Llama 2, Mistral 7B, and the demo."""
+    stop_ids: frozenset[int] = frozenset()
 
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -60,15 +62,18 @@ Tokenizer = JsonTokenizer | SentencePieceTokenizer
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder; `encode` adds the begin-of-text token where the family has one."""
+    """The tokenizer of a checkpoint folder, with its `stop_ids`; `encode` adds the begin token if there is one."""
     if (folder / "tokenizer.json").is_file():
-        return JsonTokenizer(folder / "tokenizer.json")
-    if (folder / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(folder / "tokenizer.model")
-    raise UserError(f"{folder} has no tokenizer; expected tokenizer.json or tokenizer.model")
+        tokenizer = JsonTokenizer(folder / "tokenizer.json")
+    elif (folder / "tokenizer.model").is_file():
+        tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
+    else:
+        raise UserError(f"{folder} has no tokenizer; expected tokenizer.json or tokenizer.model")
+    tokenizer.stop_ids = find_stop_ids(folder, tokenizer)
+    return tokenizer
 
 
-def stop_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+def find_stop_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     """Ids that end a text: eos of generation_config.json, config.json (and its text_config), tokenizer_config.json."""
     documents = {name: read_json(folder / name) for name in
                  ("generation_config.json", "config.json", "tokenizer_config.json") if (folder / name).is_file()}

@@ -1,4 +1,4 @@
-"""Repositories of the hub arrive as folders; what stands in the way is said in one line. Against a small hub of our own."""
+"""Repositories of the hub arrive as folders, and what stands in the way is one line. Against a small hub of our own."""
 import hashlib
 import http.server
 import json
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from conftest import ROOT
@@ -16,8 +17,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 class Hub(http.server.BaseHTTPRequestHandler):
     """The three addresses a download asks for: the list of files, and HEAD and GET of each."""
-    files: dict[str, bytes] = {}
-    fetched: list[str] = []
+    files: ClassVar[dict[str, bytes]] = {}
+    fetched: ClassVar[list[str]] = []
 
     def reply(self, code: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(code)
@@ -29,7 +30,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if "/gated" in path and "/resolve/" in path or path.startswith("/api/models/org/gated"):
+        if ("/gated" in path and "/resolve/" in path) or path.startswith("/api/models/org/gated"):
             return self.reply(403, X_Error_Code="GatedRepo", X_Error_Message="Access to model org/gated is restricted.")
         if not path.startswith(("/api/models/org/small", "/org/small/resolve/")):
             return self.reply(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository Not Found")

@@ -41,27 +41,31 @@ def test_the_demo_writes_its_golden_text():
     assert text == (ROOT / "tests" / "golden.txt").read_text()
 
 
-def test_one_graph_serves_every_length_and_gives_the_eager_tokens(folder):
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_one_graph_serves_every_length_and_gives_the_eager_tokens(dtype, folder):
     """Prompts of 1..300 tokens through compiled prefill and decode: the first two compile, nothing after does."""
     torch._dynamo.reset()
     from torch._dynamo.utils import counters
-    model, _ = g.load_model(folder.write(), "cpu")
+    counters.clear()
+    model, _ = g.load_model(folder.write(), "cpu", dtype)
     model.setup_caches(1, 512)
     steps = g.compiled_steps(model.device, compile_prefill=True)
-    sampling = g.Sampling(0.9, 20, 0.95)
     ids = torch.randint(4096, (300,)).tolist()
+
+    def check(prompt: list[int], n: int, sampling: g.Sampling, seed: int) -> None:
+        got = list(g.generate(model, prompt, n, sampling, seed=seed, steps=steps))
+        if dtype == "fp32":  # bfloat16 rounds differently once operations are fused
+            assert got == list(g.generate(model, prompt, n, sampling, seed=seed))
+
+    sampling = g.Sampling(0.9, 20, 0.95)
     for length in (2, 1):
-        list(g.generate(model, ids[:length], 3, sampling, steps=steps))
-    compiled = counters["stats"]["unique_graphs"]
-    assert compiled == 3  # prefill of several tokens, prefill of one, decode
+        check(ids[:length], 3, sampling, 0)
+    assert counters["stats"]["unique_graphs"] == 3  # prefill of several tokens, prefill of one, decode
     for length in range(1, 301):
-        got = list(g.generate(model, ids[:length], 2, sampling, seed=length, steps=steps))
-        if length % 23 == 0:
-            assert got == list(g.generate(model, ids[:length], 2, sampling, seed=length))
+        check(ids[:length], 2, sampling, length)
     for other in (g.Sampling(0.3, 20, 0.5), g.Sampling(2.0, 20, 0.99)):  # numbers that change freely
-        long = list(g.generate(model, ids[:50], 40, other, seed=5, steps=steps))
-        assert long == list(g.generate(model, ids[:50], 40, other, seed=5))
-    assert counters["stats"]["unique_graphs"] == compiled
+        check(ids[:50], 40, other, 5)
+    assert counters["stats"]["unique_graphs"] == 3
 
 
 def test_compiled_greedy_decoding_of_the_demo_is_the_eager_one():
@@ -109,7 +113,7 @@ def test_tokens_read_late_are_the_same_tokens():
 def test_numbers_are_those_of_the_run(folder):
     model, tokenizer = g.load_model(folder.write(), "cpu")
     written = []
-    sample = g.run_sample(model, tokenizer, [1, 300, 301], written.append, frozenset(), max_new_tokens=5, seed=0)
+    sample = g.run_sample(model, tokenizer, [1, 300, 301], written.append, max_new_tokens=5, seed=0)
     assert sample.stop == "length" and len(sample.tokens) == 5
     assert "".join(written) == tokenizer.decode([1, 300, 301]) + sample.text
     assert sample.ms_per_token == pytest.approx(1e3 / sample.decode_tok_s)

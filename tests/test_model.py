@@ -145,8 +145,10 @@ def test_attention_does_not_touch_the_empty_tail_of_the_cache():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rows", [1, 2, 9])
-def test_linear_equals_its_reference(dtype, rows):
-    x, weight = torch.randn(1, rows, 96).to(dtype), torch.randn(80, 96).to(dtype)
+@pytest.mark.parametrize("widened", [True, False])
+def test_linear_equals_its_reference(dtype, rows, widened, monkeypatch):
+    monkeypatch.setattr(ops, "lacks_bfloat16", lambda: widened)
+    x, weight = torch.randn(1, rows, 96).to(dtype), torch.randn(1100, 96).to(dtype)
     truth = x.double() @ weight.double().T
     sums = 96 * torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs().T)  # float32 accumulation
     rounding = torch.finfo(dtype).eps * truth.abs()  # and one rounding of the result

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import UserError
-from tokenizer import JsonTokenizer, SentencePieceTokenizer, Stream, load_tokenizer, stop_ids
+from tokenizer import JsonTokenizer, SentencePieceTokenizer, Stream, load_tokenizer
 
 BOTH = [JsonTokenizer(DEMO / "tokenizer.json"), SentencePieceTokenizer(DEMO / "tokenizer.model")]
 # U+2581 is sentencepiece's sign for a space: it comes back as one, as in every tokenizer of this kind.
@@ -65,7 +65,7 @@ def test_stop_ids_are_the_union_of_all_places(tmp_path):
                           "generation_config.json": {"eos_token_id": [10]},
                           "tokenizer_config.json": {"eos_token": {"content": "</s>"}}}.items():
         (tmp_path / name).write_text(json.dumps(content))
-    assert stop_ids(tmp_path, load_tokenizer(tmp_path)) == {2, 7, 8, 9, 10}
+    assert load_tokenizer(tmp_path).stop_ids == {2, 7, 8, 9, 10}
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])

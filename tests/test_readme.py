@@ -1,0 +1,42 @@
+"""The README stays true: its commands exist, its file map is the house, its options are options."""
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import generate as g
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
+COMMANDS = [shlex.split(part, comments=True) for line in BLOCKS.splitlines() for part in line.split("&&") if part]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_command_names_files_and_options_that_exist(command):
+    if command[:2] == ["python", "generate.py"]:
+        if "--help" not in command:
+            g.parser().parse_args(command[2:])
+    elif command[:2] == ["python", "-m"]:
+        module = command[2]
+        assert module == "pytest" or (ROOT / (module.replace(".", "/") + ".py")).is_file()
+    elif command[:3] == ["pip", "install", "-r"]:
+        assert (ROOT / command[3]).is_file()
+    else:
+        pytest.fail(f"what is {command}?")
+
+
+def test_the_file_map_is_the_house():
+    listed = set(re.findall(r"^\| `([\w/.]+)` \|", README, re.M))
+    present = {p.name for p in ROOT.glob("*.py")} | {f"scripts/{p.name}" for p in ROOT.glob("scripts/[a-z]*.py")}
+    assert listed == present | {"ops/", "tests/"}
+
+
+def test_nothing_is_left_to_fill_in():
+    assert not re.search(r"\b(TODO|TABLE|START|MINUTES|TRANSCRIPT|PEAK)\b", README)
+
+
+def test_ci_runs_the_readmes_test_command():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert all(f"\n{command}" in script for command in ("python -m pytest", "python generate.py --compile"))
+    assert "pip install --quiet -r requirements-dev.txt" in script
