@@ -66,7 +66,7 @@ def as_transformers(model: Transformer):
             "self_attn.o_proj": layer.attention.wo.weight, "mlp.down_proj": layer.feed_forward.w2.weight}.items()}
     peer.load_state_dict(state, assign=True)
     peer.tie_weights()
-    peer.model.rotary_emb = type(peer.model.rotary_emb)(config, device=model.device)  # its table was on meta
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(config).to(model.device)  # its table was on meta
     return peer
 
 
