@@ -182,18 +182,18 @@ def bits_per_byte(folder: Path, texts: list[str], sp: sentencepiece.SentencePiec
 
 
 README = """# {name}
-{what}, trained by `python -m scripts.train_demo` so that a fresh machine has something real to run. It shows the
-machinery; it is not good at anything else.
+{what}.
+Trained by `python -m scripts.train_demo` so that a fresh machine has something real to run. It shows the machinery; it
+is not good at anything else.
 
 - **Data**: the source of Python {python}'s standard library without tests and tables ({train_mb:.1f} MB); files whose
   path has crc32 % 16 == 0 ({held_kb:.0f} KB) were held out.
 - **Licence**: the text is under the PSF licence (https://docs.python.org/3/license.html); these weights are published
   under this repository's BSD-3-Clause.
-- **Size**: {parameters:,} parameters, `model.safetensors` {size_mb:.1f} MB (bfloat16), vocabulary {vocab}, context
-  {context}.
+- **Size**: {parameters:,} parameters in bfloat16, {size_mb:.1f} MB; vocabulary {vocab}, context {context}.
 - **Training**: {steps} steps of {tokens_per_step} tokens, seed {seed}.
-- **Held-out bits per byte**: **{bpb:.3f}** (target {target:.3f}, draft {draft:.3f}; `xz -9e` over the same files in one
-  piece {xz:.3f}).
+- **Held-out bits per byte**: **{bpb:.3f}**. For scale: demo {target:.3f}, demo-draft {draft:.3f}, and `xz -9e` over the
+  same files in one piece {xz:.3f}.
 """
 
 
