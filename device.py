@@ -8,7 +8,10 @@ import json
 import mmap
 import os
 import platform
+import shutil
 import sys
+import sysconfig
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,6 +178,17 @@ def read_bandwidth(device: torch.device) -> float:
 
 # -- compiler ---------------------------------------------------------------------------------------------------------
 
+def missing_for_compilation(device: torch.device) -> str | None:
+    """What torch.compile would need on this machine and does not find; None when all is there."""
+    if device.type != "cpu":
+        return None
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"a C++ compiler ({compiler})"
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    return None if headers.is_file() else f"Python's headers ({headers}; the package is often called python3-dev)"
+
+
 def configure_compiler(device: torch.device) -> None:
     """Settings of torch.compile for the decode step. They are process-wide: called when something is to be compiled."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))  # read when inductor is imported
@@ -183,6 +197,10 @@ def configure_compiler(device: torch.device) -> None:
 
     torch._dynamo.config.capture_scalar_outputs = True  # ops.attended_span reads the position back on a CPU
     torch._inductor.config.fallback_random = True  # the same random numbers as eager: one seed, one text
+    if device.type == "cpu":
+        # It tries the compiler's vector flags in subprocesses, a second in which this one would only wait.
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
+        threading.Thread(target=pick_vec_isa, daemon=True).start()
     if device.type == "cuda":
         torch._inductor.config.coordinate_descent_tuning = True  # a matmul with one row becomes a fused reduction
         torch._inductor.config.triton.unique_kernel_names = True

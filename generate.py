@@ -291,6 +291,9 @@ def compile_steps(args, model: Transformer, sampling: Sampling) -> tuple[Steps, 
     """Compile and warm up, so that no sample pays for it; the steps and the seconds it took."""
     if not (args.compile or args.compile_prefill):
         return Steps(), 0.0
+    if missing := machine.missing_for_compilation(model.device):
+        print(f"note: --compile needs {missing}, not found here; running uncompiled, slower", file=sys.stderr)
+        return Steps(), 0.0
     start = time.perf_counter()
     steps = compiled_steps(model.device, args.compile_prefill)
     for length in (2, 1) if args.compile_prefill else (2,):

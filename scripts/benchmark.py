@@ -146,12 +146,13 @@ def run(args, model: Transformer) -> list[dict]:
     prompt = torch.randint(model.config.vocab_size, (args.prompt_length,), generator=generator).tolist()
     timed = systems(args, model, prompt)
     samples: dict[str, list] = {name: [] for name in timed}
+    bandwidth = machine.measure_bandwidth(model.device)  # in this run, at both ends of it: not the one remembered
     for i in tqdm(range(args.repeats + 1), desc="rounds"):
         for name, call in timed.items():
             start, times = call()
             if i:  # the first round compiles and warms up
                 samples[name].append(measure(model, prompt, [0] * len(times), "", "length", start, times))
-    bandwidth = machine.read_bandwidth(model.device)
+    bandwidth = max(bandwidth, machine.measure_bandwidth(model.device))
     first = next(iter(samples))
     rows = []
     for name, runs in samples.items():

@@ -173,6 +173,13 @@ def test_a_reader_that_leaves_is_no_error():
     assert run.returncode in (0, 141) and "Traceback" not in run.stderr
 
 
+def test_without_a_compiler_the_text_comes_all_the_same(command, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    code, out, err = command(g.main, "--compile", "--max_new_tokens", "3")
+    assert code == 0 and out.startswith(g.DEMO_PROMPT)
+    assert "needs a C++ compiler (no-such-compiler)" in err and "uncompiled" in err
+
+
 def test_a_run_without_compilation_does_not_import_the_compiler():
     code = ("import sys, generate; m, t = generate.load_model(generate.DEMO, 'cpu');"
             "list(generate.generate(m, [1, 2], 3));"
