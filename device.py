@@ -11,7 +11,6 @@ import platform
 import shutil
 import sys
 import sysconfig
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -197,10 +196,6 @@ def configure_compiler(device: torch.device) -> None:
 
     torch._dynamo.config.capture_scalar_outputs = True  # ops.attended_span reads the position back on a CPU
     torch._inductor.config.fallback_random = True  # the same random numbers as eager: one seed, one text
-    if device.type == "cpu":
-        # It tries the compiler's vector flags in subprocesses, a second in which this one would only wait.
-        from torch._inductor.cpu_vec_isa import pick_vec_isa
-        threading.Thread(target=pick_vec_isa, daemon=True).start()
     if device.type == "cuda":
         torch._inductor.config.coordinate_descent_tuning = True  # a matmul with one row becomes a fused reduction
         torch._inductor.config.triton.unique_kernel_names = True
