@@ -194,7 +194,8 @@ def configure_compiler(device: torch.device) -> None:
     import torch._dynamo.config
     import torch._inductor.config
 
-    torch._dynamo.config.capture_scalar_outputs = True  # ops.attended_span reads the position back on a CPU
+    torch._dynamo.config.capture_scalar_outputs = True  # ops.attended reads the position back on a CPU
+    torch._dynamo.config.recompile_limit = 64  # each top_k is a graph of its own, and so is each model
     torch._inductor.config.fallback_random = True  # the same random numbers as eager: one seed, one text
     if device.type == "cuda":
         torch._inductor.config.coordinate_descent_tuning = True  # a matmul with one row becomes a fused reduction

@@ -106,7 +106,7 @@ def prepare(model: Transformer, prompt: Sequence[int], max_new_tokens: int) -> N
     if model.cache_length < length:
         length = min(max(256, 1 << (length - 1).bit_length()), config.max_seq_len)
         machine.require_memory(length * model.cache_bytes_per_position(), model.device)
-        model.setup_caches(1, length)
+    model.setup_caches(1, max(length, model.cache_length))
 
 
 @torch.no_grad()

@@ -85,6 +85,23 @@ def test_a_long_prompt_is_prefilled_in_chunks_with_the_same_result(folder, monke
     assert list(g.generate(model, ids, 20, seed=3)) == whole
 
 
+def test_caches_of_another_batch_are_replaced(folder):
+    model, _ = g.load_model(folder.write(), "cpu")
+    expected = list(g.generate(model, [1, 2, 3], 9, GREEDY))
+    model.setup_caches(4, 64)
+    assert list(g.generate(model, [1, 2, 3], 9, GREEDY)) == expected
+
+
+def test_many_settings_do_not_exhaust_the_compiler(folder):
+    """Each top_k is a graph: more of them than torch's own limit of recompilations."""
+    torch._dynamo.reset()
+    model, _ = g.load_model(folder.write(), "cpu")
+    device.configure_compiler(model.device)
+    steps = g.Steps(decode=torch.compile(g.decode, fullgraph=True, backend="eager"))  # traced, not built: seconds
+    for k in range(1, 13):
+        assert len(list(g.generate(model, [1, 2], 3, g.Sampling(1.0, k), steps=steps))) == 3
+
+
 def test_seeds_repeat_and_differ(folder):
     model, _ = g.load_model(folder.write(), "cpu")
     a, b, c = (list(g.generate(model, [1, 2, 3], 30, seed=seed)) for seed in (4, 4, 5))
