@@ -92,8 +92,12 @@ def transformers(peer, prompt: list[int], new_tokens: int) -> Times:
 
 
 def commit() -> str:
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=DEMO.parent)
-    return run.stdout.strip() or "unknown"
+    """The commit that is measured, marked if the code differs from it (benchmarks/ holds results, not code)."""
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=DEMO.parent.parent)
+        return run.stdout.strip()
+    changed = git("status", "--porcelain", "--", ".", ":!benchmarks")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def systems(args, model: Transformer, prompt: list[int]) -> dict[str, Callable[[], Times]]:
