@@ -26,6 +26,13 @@ def test_a_command_names_files_and_options_that_exist(command):
         pytest.fail(f"what is {command}?")
 
 
+def test_the_library_example_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(g, "compiled_steps", lambda _: g.Steps())  # compilation has its own tests
+    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], {})
+    assert len(capsys.readouterr().out) > 20
+
+
 def test_the_file_map_is_the_house():
     listed = set(re.findall(r"^\| `([\w/.]+)` \|", README, re.M))
     present = {p.name for p in ROOT.glob("*.py")} | {f"scripts/{p.name}" for p in ROOT.glob("scripts/[a-z]*.py")}
