@@ -129,7 +129,8 @@ def _tokens(model, prompt, max_new_tokens, sampling, seed, steps) -> Iterator[Te
         if seed is not None:  # only the last chunk's draw counts, however many there are
             torch.manual_seed(seed)
         chunk = slice(start, start + PREFILL_CHUNK)
-        token, position = steps.prefill(model, ids[chunk][None], positions[chunk][None], arguments)
+        # clones: a compiled step is specialised on the whole tensor that a view is cut from
+        token, position = steps.prefill(model, ids[chunk][None].clone(), positions[chunk][None].clone(), arguments)
     yield token
     for _ in range(max_new_tokens - 1):
         token, position = (t.clone() for t in steps.decode(model, token, position, arguments))

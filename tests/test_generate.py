@@ -42,8 +42,9 @@ def test_the_demo_writes_its_golden_text():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_one_graph_serves_every_length_and_gives_the_eager_tokens(dtype, folder):
-    """Prompts of 1..300 tokens through compiled prefill and decode: the first two compile, nothing after does."""
+def test_one_graph_serves_every_length_and_gives_the_eager_tokens(dtype, folder, monkeypatch):
+    """Prompts of 1..300 tokens, in chunks, through compiled prefill and decode: only the first two compile."""
+    monkeypatch.setattr(g, "PREFILL_CHUNK", 128)
     torch._dynamo.reset()
     from torch._dynamo.utils import counters
     counters.clear()
