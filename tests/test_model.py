@@ -69,7 +69,8 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path):
     theirs = reference_model("llama 3.2")
     theirs.save_pretrained(tmp_path)
     prompt = torch.randint(3, 128, (1, 20))
-    expected = theirs.generate(prompt, max_new_tokens=32, min_new_tokens=32, do_sample=False, pad_token_id=0)[0, 20:]
+    theirs.generation_config.eos_token_id = None  # random weights may say "stop" at any time
+    expected = theirs.generate(prompt, max_new_tokens=32, do_sample=False, pad_token_id=0)[0, 20:]
     got = list(g.generate(ours(tmp_path), prompt[0].tolist(), 32, g.Sampling(temperature=0)))
     assert got == expected.tolist()
 
@@ -80,14 +81,14 @@ def test_bfloat16_is_no_further_from_float32_than_transformers(tmp_path):
     errors = {"ours": [], "theirs": []}
     half = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     model = ours(tmp_path, torch.bfloat16)
-    for _ in range(8):
+    for _ in range(40):
         ids = torch.randint(128, (1, 60))
         with torch.no_grad():
             truth = theirs(ids).logits[:, -1]
             errors["theirs"].append(half(ids).logits[:, -1].float() - truth)
         errors["ours"].append(run(model, ids).float() - truth)
     rms = {who: torch.cat(e).square().mean().sqrt().item() for who, e in errors.items()}
-    assert rms["ours"] <= 1.1 * rms["theirs"]  # a tenth for the noise of eight prompts
+    assert rms["ours"] <= 1.1 * rms["theirs"]  # 0.9 on average; the rest is the noise of 40 prompts
 
 
 @pytest.mark.parametrize("layout", ["shards", "old rope keys", "tied head repeated"])
@@ -145,11 +146,12 @@ def test_attention_does_not_touch_the_empty_tail_of_the_cache():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("outputs", [40, 1100])  # below and above a megabyte, and more than one widened block
 @pytest.mark.parametrize("widened", [True, False])
-def test_linear_equals_its_reference(dtype, rows, widened, monkeypatch):
+def test_linear_equals_its_reference(dtype, rows, outputs, widened, monkeypatch):
     monkeypatch.setattr(ops, "lacks_bfloat16", lambda: widened)
-    x, weight = torch.randn(1, rows, 96).to(dtype), torch.randn(1100, 96).to(dtype)
+    x, weight = torch.randn(1, rows, 1024).to(dtype), torch.randn(outputs, 1024).to(dtype)
     truth = x.double() @ weight.double().T
-    sums = 96 * torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs().T)  # float32 accumulation
+    sums = 1024 * torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs().T)  # float32 accumulation
     rounding = torch.finfo(dtype).eps * truth.abs()  # and one rounding of the result
     assert ((ops.linear(x, weight).double() - truth).abs() <= sums + rounding).all()
