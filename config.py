@@ -38,7 +38,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     rope: Rope = Rope()
     tie_embeddings: bool = False
-    dtype: str | None = None  # what the checkpoint says it is stored in: bfloat16 | float16 | float32
+    dtype: str = "bfloat16"  # what the checkpoint says it is stored in: bfloat16 | float16 | float32
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_seq_len"):
@@ -103,7 +103,7 @@ def llama(source: dict[str, Any]) -> ModelConfig:
         max_seq_len=read(source, "max_position_embeddings", int, 2048),
         norm_eps=read(source, "rms_norm_eps", float, 1e-6), rope=read_rope(source),
         tie_embeddings=read(source, "tie_word_embeddings", bool, False),
-        dtype=source.get("dtype") or source.get("torch_dtype"))
+        dtype=read(source, "dtype", str, read(source, "torch_dtype", str, "bfloat16")))
 
 
 FAMILIES: dict[str, Callable[[dict[str, Any]], ModelConfig]] = {"LlamaForCausalLM": llama}
@@ -113,7 +113,7 @@ def config_from_dict(source: dict[str, Any]) -> ModelConfig:
     """`ModelConfig` of a parsed config.json. Raises UserError naming whatever is unknown or missing."""
     if not isinstance(source, dict):
         raise UserError(f"config.json holds a {type(source).__name__}; an object is expected")
-    architectures = source.get("architectures") or []
+    architectures = read(source, "architectures", list, [])
     family = next((FAMILIES[a] for a in architectures if isinstance(a, str) and a in FAMILIES), None)
     if family is None:
         raise UserError(f"config.json has architectures={architectures!r}; supported: {', '.join(FAMILIES)}")

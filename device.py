@@ -51,13 +51,13 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def choose_dtype(name: str, checkpoint: str | None, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, checkpoint: str, device: torch.device) -> torch.dtype:
     """`auto` keeps the checkpoint's dtype, but float16 on CUDA cards without bfloat16 (T4, V100)."""
     if name != "auto":
         if name not in DTYPES:
             raise UserError(f"unknown dtype {name!r}; allowed: auto, bf16, fp16, fp32")
         return DTYPES[name]
-    dtype = DTYPES.get(checkpoint or "bfloat16", torch.bfloat16)
+    dtype = DTYPES.get(checkpoint, torch.bfloat16)
     if dtype == torch.bfloat16 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0) \
             and not torch.version.hip:
         return torch.float16
@@ -190,7 +190,10 @@ def missing_for_compilation(device: torch.device) -> str | None:
 
 def configure_compiler(device: torch.device) -> None:
     """Settings of torch.compile for the decode step. They are process-wide: called when something is to be compiled."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))  # read when inductor is imported
+    kept = cache_dir() / "inductor"
+    with contextlib.suppress(OSError):  # a read-only home: torch's own choice, a temporary folder
+        kept.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))  # read when inductor is imported
     import torch._dynamo.config
     import torch._inductor.config
 

@@ -321,8 +321,8 @@ def main(argv: list[str]) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     if args.num_samples < 1:
         raise UserError(f"--num_samples is {args.num_samples}; it must be at least 1")
-    if args.profile and not Path(args.profile).absolute().parent.is_dir():
-        raise UserError(f"--profile {args.profile}: there is no such folder; create it first")
+    if args.profile and (Path(args.profile).is_dir() or not Path(args.profile).absolute().parent.is_dir()):
+        raise UserError(f"--profile {args.profile}: no such folder, or it is one; a file is expected")
     sys.stdout.reconfigure(errors="replace")
     start = time.perf_counter()
     model, tokenizer, prompt = load(args)

@@ -48,12 +48,9 @@ def resolve_checkpoint(path: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
     try:
-        found = Path(snapshot_download(path, allow_patterns=HUB_FILES, local_files_only=True))
-        if (found / "config.json").is_file() and any(found.glob("*.safetensors")):
-            return found
-    except LocalEntryNotFoundError:
-        pass
-    return download(path)
+        return Path(snapshot_download(path, allow_patterns=HUB_FILES, local_files_only=True))
+    except LocalEntryNotFoundError:  # absent, or a download that was cut short
+        return download(path)
 
 
 def download(repo: str, folder: Path | None = None) -> Path:

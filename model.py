@@ -54,7 +54,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x W^T, without bias. Not nn.Linear: its initialisation, useless here, costs half a second of imports."""
+    """y = x W^T, without bias. Not nn.Linear: its initialisation, useless here, costs a second of imports."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

@@ -22,7 +22,6 @@ class JsonTokenizer:
             self.library = Library.from_file(str(path))
         except Exception as e:  # the library raises nothing narrower
             raise UserError(f"{path} is not a tokenizer ({str(e).splitlines()[0]}); download it again") from None
-        self.vocab_size = self.library.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
         return self.library.encode(text).ids
@@ -78,7 +77,8 @@ def find_stop_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     documents = {name: read_json(folder / name) for name in
                  ("generation_config.json", "config.json", "tokenizer_config.json") if (folder / name).is_file()}
     documents = {name: d for name, d in documents.items() if isinstance(d, dict)}
-    nested = documents.get("config.json", {}).get("text_config") or {}
+    nested = documents.get("config.json", {}).get("text_config")
+    nested = nested if isinstance(nested, dict) else {}
     found: set[int] = set()
     for document in (documents.get("generation_config.json", {}), documents.get("config.json", {}), nested):
         eos = document.get("eos_token_id")

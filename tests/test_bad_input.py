@@ -45,6 +45,7 @@ OPTIONS = [
     (["--checkpoint_path", "checkpoints/dmeo"], ["no folder checkpoints/dmeo"]),
     (["--checkpoint_path", "generate.py"], ["is a file", "folder"]),
     (["--profile", "no/such/folder/trace.json"], ["no such folder"]),
+    (["--profile", "tests"], ["--profile tests", "a file is expected"]),
     (["--no_such_option"], ["--no_such_option", "--help"]),
 ]
 
@@ -133,6 +134,8 @@ FOLDERS = {
     "config a list": (content("config.json", b"[]"), ["list", "object"]),
     "config deeply nested": (content("config.json", b"[" * 100_000), ["config.json", "JSON"]),
     "unknown architecture": (config(architectures=["FooForCausalLM"]), ["FooForCausalLM", "LlamaForCausalLM"]),
+    "architectures not a list": (config(architectures=5), ["architectures=5", "list"]),
+    "dtype not text": (config(dtype=["bfloat16"]), ["dtype=['bfloat16']", "str"]),
     "no architecture": (config(architectures=None), ["architectures=[]", "supported"]),
     "unknown rope": (config(rope_scaling={"rope_type": "spiral"}), ["rope type 'spiral'", "llama3"]),
     "rope without factor": (config(rope_scaling={"rope_type": "linear"}), ["no 'factor'"]),

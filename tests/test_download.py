@@ -92,6 +92,11 @@ def test_generate_takes_a_repository_and_then_its_cache(hub, tmp_path):
     first = call(address, tmp_path, *command)
     assert first.returncode == 0 and fetched, first.stderr
     fetched.clear()
+    weights = next(tmp_path.glob("hub/**/model.safetensors"))  # as if the first download had been cut short
+    weights.resolve().unlink()
+    weights.unlink()
+    assert call(address, tmp_path, *command).returncode == 0 and fetched == ["model.safetensors"]
+    fetched.clear()
     second = call("http://127.0.0.1:9", tmp_path, *command)  # nobody listens there
     assert second.returncode == 0 and not fetched, second.stderr
     assert first.stdout == second.stdout
