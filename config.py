@@ -1,11 +1,11 @@
 """What a model is: a frozen `ModelConfig`, filled from a Hugging Face `config.json` and from nothing else.
 
-A folder's name never decides anything. One short function per family turns the JSON into our fields; whatever would
-change the result and is not understood is an error that names it. `SHAPES` holds the sizes of well-known models for
-runs with random weights.
+Here are our fields and the reading of single keys; `families.py` has a short function per family that puts the two
+together. A key that nobody asked for is an error that names it, unless it is on the list of those that are harmless.
 """
 import json
-from collections.abc import Callable
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,47 +15,157 @@ from errors import UserError
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: angles are `position * theta ** (-2i / head_dim)`, rescaled by `kind`."""
+    """Rotary position embedding: angles are `position * theta ** (-2i / dim)`, rescaled by `kind`."""
+    dim: int  # leading numbers of each head that turn; proportional: of the angles' formula, `rotated` of them turn
     theta: float = 10000.0
-    kind: str = "default"  # default | linear | llama3
+    kind: str = "default"  # default | linear | llama3 | yarn | proportional
     factor: float = 1.0
+    original_max_seq_len: int = 8192
     low_freq_factor: float = 1.0  # llama3: wavelengths above original/low are slowed by `factor`,
     high_freq_factor: float = 4.0  # those below original/high are left alone, between them a blend
-    original_max_seq_len: int = 8192
+    beta_fast: float = 32.0  # yarn: pairs with more turns than this within the original context are left alone,
+    beta_slow: float = 1.0  # those with fewer than this are slowed by `factor`, between them a ramp
+    truncate: bool = True  # yarn: the ramp starts and ends at whole pairs
+    scale: float = 1.0  # yarn: what cos and sin are multiplied by
+    rotated: int = 0  # proportional
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Softmax attention of one layer type, with grouped keys and values."""
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rope: Rope | None  # None: no position embedding
+    window: int | None = None  # a token sees itself and window - 1 before it; None: all
+    scale: float | None = None  # of the scores; None: head_dim ** -0.5
+    qk_norm: bool = False  # RMSNorm over each head of q and k
+    qkv_bias: bool = False
+    gated: bool = False  # the output times sigmoid(gate), the gate projected beside q
+
+
+@dataclass(frozen=True)
+class DeltaNetConfig:
+    """Gated DeltaNet of one layer type: a recurrent state instead of a cache (Yang et al. 2024, arXiv 2412.06464)."""
+    n_k_heads: int
+    n_v_heads: int
+    k_dim: int
+    v_dim: int
+    conv_kernel: int = 4
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Mixture of experts: each token goes through the `n_active` likeliest of `n_experts`, and the shared one."""
+    n_experts: int
+    n_active: int
+    ffn_dim: int
+    norm_topk: bool = True  # the weights of the chosen sum to 1
+    shared_dim: int = 0  # 0: no shared expert
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of one decoder-only model; the defaults of the optional fields are Llama's."""
+    """One decoder-only model; the defaults of the optional fields are Llama's.
+
+    `layer_types` names each layer's mixer, an entry of `mixers`: all that is hybrid about a model is here.
+    """
     vocab_size: int
     dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
     ffn_dim: int
     max_seq_len: int
+    layer_types: tuple[str, ...]
+    mixers: dict[str, AttentionConfig | DeltaNetConfig]
+    experts: ExpertsConfig | None = None
     norm_eps: float = 1e-5
-    rope: Rope = Rope()
+    norm_offset: float = 0.0  # added to the weights of norms: 1 where files hold w of (1 + w)
+    post_norms: bool = False  # norms after attention and feed-forward too
+    activation: str = "silu"  # silu | gelu_tanh
+    scale_embeddings: bool = False  # times sqrt(dim)
     tie_embeddings: bool = False
     dtype: str = "bfloat16"  # what the checkpoint says it is stored in: bfloat16 | float16 | float32
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise UserError(f"config.json gives {name}={getattr(self, name)}; it must be at least 1")
-        if self.n_heads % self.n_kv_heads:
-            raise UserError(f"config.json gives {self.n_heads} attention heads over {self.n_kv_heads} key/value heads; "
+        sizes = {name: getattr(self, name) for name in ("vocab_size", "dim", "ffn_dim", "max_seq_len")}
+        sizes["num_hidden_layers"] = len(self.layer_types)
+        for part in (*self.mixers.values(), self.experts):
+            if part is not None:
+                sizes |= {name: size for name, size in vars(part).items() if type(size) is int and name != "shared_dim"}
+        for name, size in sizes.items():
+            if size < 1:
+                raise UserError(f"config.json gives {name}={size}; it must be at least 1")
+        for mixer in self.mixers.values():
+            check_heads(mixer)
+        if self.experts and self.experts.n_active > self.experts.n_experts:
+            raise UserError(f"config.json gives {self.experts.n_active} active of {self.experts.n_experts} experts")
+
+
+def check_heads(mixer: AttentionConfig | DeltaNetConfig) -> None:
+    if isinstance(mixer, DeltaNetConfig):
+        if mixer.n_v_heads % mixer.n_k_heads:
+            raise UserError(f"config.json gives {mixer.n_v_heads} linear value heads over {mixer.n_k_heads} key heads; "
                             f"the first must be a multiple of the second")
-        if self.head_dim % 2:
-            raise UserError(f"config.json gives head_dim={self.head_dim}; rotary embedding needs an even one")
+        return
+    if mixer.n_heads % mixer.n_kv_heads:
+        raise UserError(f"config.json gives {mixer.n_heads} attention heads over {mixer.n_kv_heads} key/value heads; "
+                        f"the first must be a multiple of the second")
+    if mixer.rope and (mixer.rope.dim % 2 or not 0 < mixer.rope.dim <= mixer.head_dim):
+        raise UserError(f"config.json gives head_dim={mixer.head_dim} of which {mixer.rope.dim} rotate; rotary "
+                        f"embedding needs an even number, at most the head's")
 
 
 # -- reading config.json ----------------------------------------------------------------------------------------------
 
-def read(source: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
-    """`source[key]` as `kind` (null counts as absent); with no default the key must be there."""
-    value = source.get(key)
+# Keys that do not change the logits of a text, or that only repeat what the architecture says.
+HARMLESS = re.compile("|".join((
+    # about the file and its makers
+    r"_.*", "architectures", "model_type", "auto_map", "transformers_version", "text_config", "unsloth_.*",
+    # about training
+    ".*dropout.*", "initializer_.*", "pretraining_tp", "gradient_checkpointing", "router_aux_loss_coef",
+    "router_jitter_noise", "mamba_ssm_dtype",
+    # about other uses of the model, and what transformers hands back
+    "id2label", "label2id", "num_labels", "problem_type", "is_decoder", "is_encoder_decoder", "use_cache", "return_dict",
+    "output_.*", "chunk_size_feed_forward", "cache_implementation", "attn_implementation", "tokenizer_class",
+    # special tokens (their ids are read with the tokenizer), and towers whose tensors are skipped
+    ".*_token", ".*_token_ids?", ".*_token_index", "mm_tokens_per_image", "vision_.*", "image_.*", "video_.*", "audio_.*",
+    "multimodal_.*", "projector_.*", "spatial_merge_size", "mtp_.*", "language_model_only")))
+LAYER_TYPES = {"full_attention": "full", "sliding_attention": "sliding", "linear_attention": "linear"}
+
+
+class Source:
+    """A parsed config.json that remembers what was asked of it, so that the rest can be refused."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self.document, self.asked = document, set()
+
+    def read(self, key: str, kind: type, default: Any = None) -> Any:
+        """The value of `key` as `kind` (null counts as absent); with no default it must be there."""
+        self.asked.add(key)
+        return checked(self.document, key, kind, default)
+
+    def require(self, key: str, allowed: Any) -> None:
+        """Refuse a setting that would change the result and that our model does not have."""
+        self.asked.add(key)
+        if self.document.get(key, allowed) not in (allowed, None):
+            raise UserError(f"config.json gives {key}={self.document[key]!r}, which is not supported; "
+                            f"supported: {allowed!r}")
+
+    def default(self, **values: Any) -> None:
+        """What absent keys mean in this family."""
+        self.document = {**values, **{key: value for key, value in self.document.items() if value is not None}}
+
+    def finish(self) -> None:
+        """Refuse keys that nobody asked for, unless they are off or known to be harmless."""
+        rest = [key for key, value in self.document.items()
+                if key not in self.asked and value not in (None, False, 0, "", [], {}) and not HARMLESS.fullmatch(key)]
+        if rest:
+            named = ", ".join(f"{key}={self.document[key]!r}" for key in rest[:3])
+            raise UserError(f"config.json gives {named[:200]}, which may change the result and is not supported here; "
+                            f"take it out of config.json if you know that it does not")
+
+
+def checked(document: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    value = document.get(key)
     if value is None:
         if default is None:
             raise UserError(f"config.json has no {key!r}; it is needed to build the model")
@@ -67,60 +177,77 @@ def read(source: dict[str, Any], key: str, kind: type, default: Any = None) -> A
     return value
 
 
-def read_rope(source: dict[str, Any]) -> Rope:
-    """`rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before it), `type` or `rope_type`."""
-    scaling = source.get("rope_parameters") or source.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise UserError(f"config.json gives rope_scaling={scaling!r}; an object is expected")
-    theta = read(scaling, "rope_theta", float, read(source, "rope_theta", float, 10000.0))
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return Rope(theta)
+ROPE_KEYS = {
+    "default": set(), "linear": {"factor"}, "proportional": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "beta_fast", "beta_slow", "truncate", "original_max_position_embeddings", "attention_factor",
+             "mscale", "mscale_all_dim"}}
+ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
+
+
+def read_ropes(source: Source, head_dim: dict[str, int], theta: float | dict[str, float] = 10000.0,
+               partial: float = 1.0) -> dict[str, Rope]:
+    """The rotary embedding of each layer type in `head_dim`, from any of the three ways files write it:
+    `rope_parameters`, that by layer type, or `rope_theta` + `rope_scaling` (which in Gemma 3 is for full layers only).
+    """
+    parameters = source.read("rope_parameters", dict, {}) or source.read("rope_scaling", dict, {})
+    base, local = source.read("rope_theta", float, 0.0), source.read("rope_local_base_freq", float, 0.0)
+    share = source.read("partial_rotary_factor", float, partial)
+    source.asked |= {"rope_parameters", "rope_scaling"}
+    by_type = {LAYER_TYPES[key]: value for key, value in parameters.items() if key in LAYER_TYPES}
+    ropes = {}
+    for kind, dim in head_dim.items():
+        default = theta[kind] if isinstance(theta, dict) else theta
+        if kind == "sliding" and local:
+            own, default = {}, local
+        else:
+            own, default = by_type.get(kind, {}) if by_type else parameters, base or default
+        if not isinstance(own, dict):
+            raise UserError(f"config.json gives rope parameters {own!r}; an object is expected")
+        ropes[kind] = read_rope(own, dim, default, share, source.document.get("max_position_embeddings"))
+    return ropes
+
+
+def read_rope(p: dict[str, Any], head_dim: int, theta: float, share: float, context: int | None) -> Rope:
+    """One object of rope parameters, `type` or `rope_type`. Mrope is plain rotary embedding as long as all is text."""
+    kind = p.get("rope_type") or p.get("type") or "default"
+    kind = "default" if kind == "mrope" else kind
+    if kind not in ROPE_KEYS:
+        raise UserError(f"config.json has rope type {kind!r}; supported: {', '.join(ROPE_KEYS)}")
+    if unknown := sorted(key for key in p.keys() - ROPE_COMMON - ROPE_KEYS[kind] if p[key] is not None):
+        raise UserError(f"config.json has rope parameter {unknown[0]}={p[unknown[0]]!r}, unknown for type {kind!r}")
+    theta, share = checked(p, "rope_theta", float, theta), checked(p, "partial_rotary_factor", float, share)
+    if not (theta > 0 and 0 < share <= 1):
+        raise UserError(f"config.json gives rope_theta={theta}, partial_rotary_factor={share}; both must be above 0, "
+                        f"the second at most 1")
+    factor = checked(p, "factor", float, None if kind in ("linear", "llama3") else 1.0)
+    if kind == "proportional":
+        return Rope(head_dim, theta, kind, factor, rotated=int(share * head_dim // 2) * 2)
+    rope = dict(dim=int(head_dim * share), theta=theta, kind=kind)
     if kind == "linear":
-        return Rope(theta, kind, read(scaling, "factor", float))
+        return Rope(**rope, factor=factor)
     if kind == "llama3":
-        return Rope(theta, kind, read(scaling, "factor", float), read(scaling, "low_freq_factor", float),
-                    read(scaling, "high_freq_factor", float), read(scaling, "original_max_position_embeddings", int))
-    raise UserError(f"config.json has rope type {kind!r}; supported: default, linear, llama3")
+        return Rope(**rope, factor=factor, low_freq_factor=checked(p, "low_freq_factor", float),
+                    high_freq_factor=checked(p, "high_freq_factor", float),
+                    original_max_seq_len=checked(p, "original_max_position_embeddings", int))
+    if kind == "yarn":
+        return read_yarn(p, rope, context)
+    return Rope(**rope)
 
 
-def require(source: dict[str, Any], key: str, allowed: Any) -> None:
-    """Refuse a setting that would change the result and that this model does not have."""
-    if source.get(key, allowed) not in (allowed, None):
-        raise UserError(f"config.json gives {key}={source[key]!r}, which is not supported; supported: {allowed!r}")
+def read_yarn(p: dict[str, Any], rope: dict[str, Any], context: int | None) -> Rope:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071), with DeepSeek's mscale where a file has it."""
+    original = checked(p, "original_max_position_embeddings", int, context)
+    factor = checked(p, "factor", float, (context or 0) / original)
 
+    def attention(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-def llama(source: dict[str, Any]) -> ModelConfig:
-    """Llama 2, 3, 3.1, 3.2 and 3.3 (text)."""
-    require(source, "hidden_act", "silu")
-    require(source, "attention_bias", False)
-    require(source, "mlp_bias", False)
-    heads, dim = read(source, "num_attention_heads", int), read(source, "hidden_size", int)
-    return ModelConfig(
-        vocab_size=read(source, "vocab_size", int), dim=dim, n_layers=read(source, "num_hidden_layers", int),
-        n_heads=heads, n_kv_heads=read(source, "num_key_value_heads", int, heads),
-        head_dim=read(source, "head_dim", int, dim // max(heads, 1)), ffn_dim=read(source, "intermediate_size", int),
-        max_seq_len=read(source, "max_position_embeddings", int, 2048),
-        norm_eps=read(source, "rms_norm_eps", float, 1e-6), rope=read_rope(source),
-        tie_embeddings=read(source, "tie_word_embeddings", bool, False),
-        dtype=read(source, "dtype", str, read(source, "torch_dtype", str, "bfloat16")))
-
-
-FAMILIES: dict[str, Callable[[dict[str, Any]], ModelConfig]] = {"LlamaForCausalLM": llama}
-
-
-def config_from_dict(source: dict[str, Any]) -> ModelConfig:
-    """`ModelConfig` of a parsed config.json. Raises UserError naming whatever is unknown or missing."""
-    if not isinstance(source, dict):
-        raise UserError(f"config.json holds a {type(source).__name__}; an object is expected")
-    architectures = read(source, "architectures", list, [])
-    family = next((FAMILIES[a] for a in architectures if isinstance(a, str) and a in FAMILIES), None)
-    if family is None:
-        raise UserError(f"config.json has architectures={architectures!r}; supported: {', '.join(FAMILIES)}")
-    if source.get("quantization_config") is not None:
-        raise UserError("config.json has a quantization_config; quantized checkpoints are not supported, "
-                        "take the unquantized one")
-    return family(source)
+    top, bottom = checked(p, "mscale", float, 0.0), checked(p, "mscale_all_dim", float, 0.0)
+    scale = attention(top) / attention(bottom) if top and bottom else attention(1.0)
+    return Rope(**rope, factor=factor, original_max_seq_len=original, truncate=checked(p, "truncate", bool, True),
+                beta_fast=checked(p, "beta_fast", float, 32.0), beta_slow=checked(p, "beta_slow", float, 1.0),
+                scale=checked(p, "attention_factor", float, scale))
 
 
 def read_json(path: Path) -> Any:
@@ -131,38 +258,3 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path.parent} has no {path.name}; expected a Hugging Face checkpoint folder") from None
     except (ValueError, OSError, RecursionError) as e:
         raise UserError(f"{path} cannot be read as JSON ({e}); download it again") from None
-
-
-# -- named shapes -----------------------------------------------------------------------------------------------------
-
-LLAMA3_ROPE = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
-
-
-def llama_shape(dim: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int = 128256, context: int = 131072,
-                factor: float = 8.0, tied: bool = False) -> dict[str, Any]:
-    """A config.json of Meta's published sizes (factor 0: no rope scaling, theta 10000, as in Llama 2)."""
-    rope = dict(rope_theta=500000.0, rope_scaling={**LLAMA3_ROPE, "factor": factor}) if factor else {}
-    return dict(architectures=["LlamaForCausalLM"], hidden_size=dim, num_hidden_layers=layers, vocab_size=vocab,
-                num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=ffn, rms_norm_eps=1e-5,
-                max_position_embeddings=context, tie_word_embeddings=tied, dtype="bfloat16", **rope)
-
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "Llama-2-7B": llama_shape(4096, 32, 32, 32, 11008, 32000, 4096, 0),
-    "Llama-2-13B": llama_shape(5120, 40, 40, 40, 13824, 32000, 4096, 0),
-    "Llama-2-70B": llama_shape(8192, 80, 64, 8, 28672, 32000, 4096, 0),
-    "Llama-3.1-8B": llama_shape(4096, 32, 32, 8, 14336),
-    "Llama-3.1-70B": llama_shape(8192, 80, 64, 8, 28672),
-    "Llama-3.1-405B": llama_shape(16384, 126, 128, 8, 53248),
-    "Llama-3.2-1B": llama_shape(2048, 16, 32, 8, 8192, factor=32.0, tied=True),
-    "Llama-3.2-3B": llama_shape(3072, 28, 24, 8, 8192, factor=32.0, tied=True),
-}
-
-
-def config_of_shape(shape: str) -> ModelConfig:
-    """The config of a name in SHAPES, or of a config.json given by path."""
-    if shape in SHAPES:
-        return config_from_dict(SHAPES[shape])
-    if Path(shape).is_file():
-        return config_from_dict(read_json(Path(shape)))
-    raise UserError(f"unknown shape {shape!r}; allowed: {', '.join(SHAPES)}, or the path of a config.json")

@@ -26,8 +26,9 @@ from torch import Tensor
 
 import device as machine
 import ops
-from config import ModelConfig, config_from_dict, config_of_shape, read_json
+from config import ModelConfig, read_json
 from errors import Parser, UserError, run_command
+from families import config_from_dict, config_of_shape
 from loader import load_weights, random_weights, resolve_checkpoint
 from model import Transformer
 from sampling import Sampling, sample
@@ -105,7 +106,7 @@ def prepare(model: Transformer, prompt: Sequence[int], max_new_tokens: int) -> N
     length = len(prompt) + max_new_tokens
     if model.cache_length < length:
         length = min(max(256, 1 << (length - 1).bit_length()), config.max_seq_len)
-        machine.require_memory(length * model.cache_bytes_per_position(), model.device)
+        machine.require_memory(model.cache_bytes(length), model.device)
     model.setup_caches(1, max(length, model.cache_length))
 
 
@@ -125,16 +126,27 @@ def _tokens(model, prompt, max_new_tokens, sampling, seed, steps) -> Iterator[Te
     arguments = sampling.arguments(model.config.vocab_size, model.device)
     ids = torch.tensor(prompt, dtype=torch.int64, device=model.device)
     positions = torch.arange(len(prompt), device=model.device)
-    for start in range(0, len(prompt), PREFILL_CHUNK):
+    for chunk in chunks(len(prompt), model.block):
         if seed is not None:  # only the last chunk's draw counts, however many there are
             torch.manual_seed(seed)
-        chunk = slice(start, start + PREFILL_CHUNK)
         # clones: a compiled step is specialised on the whole tensor that a view is cut from
         token, position = steps.prefill(model, ids[chunk][None].clone(), positions[chunk][None].clone(), arguments)
     yield token
     for _ in range(max_new_tokens - 1):
         token, position = (t.clone() for t in steps.decode(model, token, position, arguments))
         yield token
+
+
+def chunks(length: int, block: int) -> Iterator[slice]:
+    """Cut a prompt into prefill calls: PREFILL_CHUNK tokens each and the rest; with a `block`, the rest into powers of two
+    times that, so that a compiled prefill meets few sizes, and a last one below it."""
+    start = 0
+    while start < length:
+        size = min(length - start, PREFILL_CHUNK)
+        if block <= size < PREFILL_CHUNK and block:
+            size = block << (size // block).bit_length() - 1
+        yield slice(start, start + size)
+        start += size
 
 
 def blame(model: Transformer) -> str:
@@ -225,7 +237,7 @@ def measure(model: Transformer, prompt: list[int], tokens: list[int], text: str,
     steps = len(times) - 1
     per_token = (times[-1] - times[0]) / steps if steps > 0 else None
     attended = len(prompt) + max(len(tokens), 1) / 2  # positions, on average over the decoded tokens
-    moved = model.weight_bytes_per_token() + int(attended * model.cache_bytes_per_position())
+    moved = model.weight_bytes_per_token() + model.cache_bytes(attended)
     return Sample(
         prompt_tokens=prompt, tokens=tokens, text=text, stop=stop, ttft_s=ttft,
         prefill_tok_s=len(prompt) / ttft if ttft else None, decode_tok_s=1 / per_token if per_token else None,

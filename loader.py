@@ -3,9 +3,11 @@
 Nothing is converted or written: names are translated, q/k/v and gate/up are joined, dtypes are widened or narrowed on
 the way in. Every name, shape and dtype is checked against the headers before the first byte of a weight is read.
 """
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,19 +17,46 @@ import device as machine
 from config import read_json
 from errors import UserError
 
-# Our parameter -> the tensors of the file that make it up, stacked along dim 0.
-NAMES = {
-    r"tok_embeddings\.weight": ["model.embed_tokens.weight"],
-    r"output\.weight": ["lm_head.weight"],
-    r"norm\.weight": ["model.norm.weight"],
-    r"layers\.(\d+)\.attention_norm\.weight": ["model.layers.{}.input_layernorm.weight"],
-    r"layers\.(\d+)\.ffn_norm\.weight": ["model.layers.{}.post_attention_layernorm.weight"],
-    r"layers\.(\d+)\.attention\.wqkv\.weight": [f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkv"],
-    r"layers\.(\d+)\.attention\.wo\.weight": ["model.layers.{}.self_attn.o_proj.weight"],
-    r"layers\.(\d+)\.feed_forward\.w13\.weight": [f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up")],
-    r"layers\.(\d+)\.feed_forward\.w2\.weight": ["model.layers.{}.mlp.down_proj.weight"],
+# Our parameter -> the tensors of the file that make it up, stacked along their leading dimensions. Files differ: the first
+# line whose tensors are all there counts. {e} runs over the experts.
+NAMES: dict[str, list[list[str]]] = {
+    r"tok_embeddings.weight": [["model.embed_tokens.weight"]],
+    r"output.weight": [["lm_head.weight"]],
+    r"norm.weight": [["model.norm.weight"]],
 }
-IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # recomputed from the config; old exports carry it
+BLOCK_NAMES: dict[str, list[list[str]]] = {  # behind layers.N. on both sides
+    "attention_norm.weight": [["input_layernorm.weight"]],
+    "attention_post_norm.weight": [["post_attention_layernorm.weight"]],
+    "ffn_norm.weight": [["pre_feedforward_layernorm.weight"], ["post_attention_layernorm.weight"]],
+    "ffn_post_norm.weight": [["post_feedforward_layernorm.weight"]],
+    "attention.wqkv.weight": [[f"self_attn.{x}_proj.weight" for x in "qkv"]],
+    "attention.wqkv.bias": [[f"self_attn.{x}_proj.bias" for x in "qkv"]],
+    "attention.q_norm.weight": [["self_attn.q_norm.weight"]],
+    "attention.k_norm.weight": [["self_attn.k_norm.weight"]],
+    "attention.wo.weight": [["self_attn.o_proj.weight"], ["linear_attn.out_proj.weight"]],
+    "attention.w_qkvz.weight": [["linear_attn.in_proj_qkv.weight", "linear_attn.in_proj_z.weight"]],
+    "attention.w_ba.weight": [["linear_attn.in_proj_b.weight", "linear_attn.in_proj_a.weight"]],
+    "attention.conv": [["linear_attn.conv1d.weight"]],
+    "attention.A_log": [["linear_attn.A_log"]],
+    "attention.dt_bias": [["linear_attn.dt_bias"]],
+    "attention.norm.weight": [["linear_attn.norm.weight"]],
+    "feed_forward.w13.weight": [
+        ["mlp.gate_proj.weight", "mlp.up_proj.weight"], ["mlp.experts.gate_up_proj"],
+        ["mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"],
+        ["block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight"]],
+    "feed_forward.w2.weight": [
+        ["mlp.down_proj.weight"], ["mlp.experts.down_proj"], ["mlp.experts.{e}.down_proj.weight"],
+        ["block_sparse_moe.experts.{e}.w2.weight"]],
+    "feed_forward.router.weight": [["mlp.gate.weight"], ["block_sparse_moe.gate.weight"]],
+    "feed_forward.shared.w13.weight": [["mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"]],
+    "feed_forward.shared.w2.weight": [["mlp.shared_expert.down_proj.weight"]],
+    "feed_forward.shared_gate.weight": [["mlp.shared_expert_gate.weight"]],
+}
+# The text half of a model that also sees or hears stands under one of these; its other halves, the heads that draft further
+# tokens, and tables that are recomputed from the config are not read.
+PREFIX = re.compile(r"(model\.language_model\.|language_model\.model\.|language_model\.(?=lm_head\.))")
+SKIPPED = re.compile(r"(model\.)?(visual|vision_tower|vision_model|vision_embedder|audio_tower|audio_model|embed_vision|embed_audio|"
+                     r"multi_modal_projector|mtp)\..*|.*\.rotary_emb\.inv_freq")
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 # What a run reads of a hub repository; everything else stays there.
@@ -75,12 +104,26 @@ def download(repo: str, folder: Path | None = None) -> Path:
 
 # -- the files --------------------------------------------------------------------------------------------------------
 
+class Stored(NamedTuple):
+    """A tensor of a file."""
+    path: Path
+    name: str  # in the file
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Its shape as a matrix: leading dimensions as rows, a vector as a column."""
+        width = self.shape[-1] if len(self.shape) > 1 else 1
+        return math.prod(self.shape[:-1] if len(self.shape) > 1 else self.shape), width
+
+
 class Checkpoint:
-    """The tensors of a folder: which file holds each, its shape and dtype. Opens files only while reading them."""
+    """The text model's tensors of a folder, without prefix. Opens files only while reading them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tensors: dict[str, tuple[Path, tuple[int, ...], torch.dtype]] = {}
+        self.tensors: dict[str, Stored] = {}
         listed = self.shards()
         for path, names in listed.items():
             with self.open(path) as file:
@@ -89,11 +132,15 @@ class Checkpoint:
                     if name not in present:
                         raise UserError(f"{folder / 'model.safetensors.index.json'} says {path.name} holds {name}, "
                                         f"which it does not; download the folder again")
-                    part = file.get_slice(name)
-                    if part.get_dtype() not in STORED and not IGNORED.fullmatch(name):
-                        raise UserError(f"{path.name}: {name} has dtype {part.get_dtype()}; "
-                                        f"supported: {', '.join(STORED)}")
-                    self.tensors[name] = (path, tuple(part.get_shape()), STORED.get(part.get_dtype(), torch.float32))
+                    if not SKIPPED.fullmatch(name):
+                        self.add(path, name, file.get_slice(name))
+
+    def add(self, path: Path, name: str, part) -> None:
+        if part.get_dtype() not in STORED:
+            raise UserError(f"{path.name}: {name} has dtype {part.get_dtype()}; supported: {', '.join(STORED)}")
+        prefix = PREFIX.match(name)
+        plain = ("" if name[prefix.end():].startswith("lm_head.") else "model.") + name[prefix.end():] if prefix else name
+        self.tensors[plain] = Stored(path, name, tuple(part.get_shape()), STORED[part.get_dtype()])
 
     def shards(self) -> dict[Path, list[str] | None]:
         """File -> the tensors the index expects in it (None: whatever it holds)."""
@@ -126,25 +173,36 @@ class Checkpoint:
             raise UserError(f"{path} is damaged or no safetensors file ({e}); download it again") from None
 
     def copy(self, name: str, target: torch.Tensor) -> None:
-        """Read one tensor into `target`. The map is closed again, or every page read so far would stay resident."""
-        path, _, _ = self.tensors[name]
-        with self.open(path) as file:
-            target.copy_(file.get_tensor(name))
+        """Read one tensor into `target`, of as many numbers in the same order.
+
+        The map is closed again, or every page read so far would stay resident.
+        """
+        stored = self.tensors[name]
+        with self.open(stored.path) as file:
+            target.copy_(file.get_tensor(stored.name).view_as(target))
+
+    def sources(self, parameter: str, experts: int) -> list[str]:
+        """The tensors that make up one of our parameters; those of the table's first line if none are there."""
+        layer = re.match(r"layers\.\d+\.", parameter)
+        prefix = layer[0] if layer else ""
+        lines = (BLOCK_NAMES if layer else NAMES)[parameter.removeprefix(prefix)]
+        lines = [[f"model.{prefix}{name}" if layer else name for name in line] for line in lines]
+        lines = [[name.format(e=e) for e in range(experts) for name in line] if "{e}" in line[0] else line
+                 for line in lines if experts or "{e}" not in line[0]]
+        for enough in (all, any):  # a line that is there in part is what an incomplete file was meant to have
+            for line in lines:
+                if enough(name in self.tensors for name in line):
+                    return line
+        return lines[0]
 
 
-def sources(parameter: str) -> list[str]:
-    """The file's names for one of our parameters."""
-    for pattern, names in NAMES.items():
-        if match := re.fullmatch(pattern, parameter):
-            return [name.format(*match.groups()) for name in names]
-    raise AssertionError(f"no name table entry for {parameter}")
-
-
-def check(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Missing, extra or wrongly shaped tensors are errors that name them."""
-    expected = {name for parameter, _ in model.named_parameters() for name in sources(parameter)}
+def plan(model: nn.Module, checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Parameter -> the tensors it is read from. Missing, extra or wrongly shaped tensors are errors that name them."""
+    experts = model.config.experts.n_experts if model.config.experts else 0
+    found = {name: checkpoint.sources(name, experts) for name, _ in model.named_parameters()}
+    expected = {name for names in found.values() for name in names}
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()  # some exports repeat the embedding
-    extra = sorted(n for n in checkpoint.tensors if n not in expected | tied and not IGNORED.fullmatch(n))
+    extra = sorted(stored.name for name, stored in checkpoint.tensors.items() if name not in expected | tied)
     missing = sorted(expected - checkpoint.tensors.keys())
     for problem, names in (("lacks", missing), ("has unknown", extra)):
         if names:
@@ -152,22 +210,29 @@ def check(model: nn.Module, checkpoint: Checkpoint) -> None:
             raise UserError(f"{checkpoint.folder} {problem} tensors {', '.join(names[:3])}{more}; "
                             f"the weights do not belong to this config.json")
     for parameter, p in model.named_parameters():
-        shapes = [checkpoint.tensors[name][1] for name in sources(parameter)]
-        if any(s[1:] != p.shape[1:] or not s for s in shapes) or sum(s[0] for s in shapes) != p.shape[0]:
-            raise UserError(f"{checkpoint.folder}: {' + '.join(sources(parameter))} has shape "
-                            f"{' + '.join(map(str, map(list, shapes)))}; config.json wants {list(p.shape)} in all")
+        parts = [checkpoint.tensors[name] for name in found[parameter]]
+        rows, width = Stored(checkpoint.folder, parameter, tuple(p.shape), p.dtype).rows
+        if any(part.rows[1] != width for part in parts) or sum(part.rows[0] for part in parts) != rows:
+            more = f" (and {len(parts) - 3} more)" if len(parts) > 3 else ""
+            raise UserError(f"{checkpoint.folder}: {' + '.join(part.name for part in parts[:3])}{more} has shape "
+                            f"{' + '.join(str(list(part.shape)) for part in parts[:3])}; config.json wants "
+                            f"{list(p.shape)} in all")
+    return found
 
 
 # -- into the model ---------------------------------------------------------------------------------------------------
 
 def materialize(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Replace each meta parameter by memory on `device`, one at a time, and hand it out to be filled."""
+    """Replace each meta parameter by memory on `device`, one at a time, and hand it out to be filled.
+
+    Vectors are float32 whatever the dtype: norms, biases and decays, which are computed with as such and weigh nothing.
+    """
     for name, p in list(model.named_parameters()):
-        tensor = machine.empty(tuple(p.shape), dtype, device)
+        tensor = machine.empty(tuple(p.shape), torch.float32 if p.dim() == 1 else dtype, device)
         yield name, tensor
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-    model.tie()
+    model.settle()
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer.to(device))
@@ -176,13 +241,13 @@ def materialize(model: nn.Module, device: torch.device, dtype: torch.dtype) -> I
 def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     """Fill a model built on the meta device. Peak memory: the weights plus one tensor of the file."""
     checkpoint = Checkpoint(folder)
-    check(model, checkpoint)
+    found = plan(model, checkpoint)
     machine.require_memory(sum(p.numel() for p in model.parameters()) * dtype.itemsize, device)
     for parameter, tensor in materialize(model, device, dtype):
-        row = 0
-        for name in sources(parameter):
-            rows = checkpoint.tensors[name][1][0]
-            checkpoint.copy(name, tensor[row:row + rows])
+        row, matrix = 0, tensor.view(-1, tensor.shape[-1] if tensor.dim() > 1 else 1)
+        for name in found[parameter]:
+            rows, _ = checkpoint.tensors[name].rows
+            checkpoint.copy(name, matrix[row:row + rows])
             row += rows
 
 
@@ -195,9 +260,9 @@ def random_weights(model: nn.Module, device: torch.device, dtype: torch.dtype, s
     machine.require_memory(sum(p.numel() for p in model.parameters()) * dtype.itemsize, device)
     pool = torch.randn((1 << 22) + 7, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
     offset = 0
-    for _, tensor in materialize(model, device, dtype):
-        if tensor.dim() == 1:
-            tensor.fill_(1.0)
+    for name, tensor in materialize(model, device, dtype):
+        if tensor.dim() == 1:  # norms multiply by one, biases add nothing
+            tensor.fill_(0.0 if "bias" in name else 1.0 - getattr(model.get_submodule(name.rpartition(".")[0]), "offset", 0))
             continue
         flat = tensor.view(-1)
         for start in range(0, len(flat), len(pool)):
@@ -206,4 +271,4 @@ def random_weights(model: nn.Module, device: torch.device, dtype: torch.dtype, s
             part[:split] = pool[offset:offset + split]
             part[split:] = pool[:len(part) - split]
             offset = (offset + len(part) + 12345) % len(pool)
-        flat.mul_(tensor.shape[1] ** -0.5)
+        flat.mul_(tensor.shape[-1] ** -0.5)

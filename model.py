@@ -1,140 +1,194 @@
-"""The decoder: RMSNorm, rotary embedding, attention over a static KV cache, SwiGLU; one class for every family.
+"""The decoder: one class for every family, built from the modules that its config names.
 
 Single-device code: it knows nothing of tensor parallelism, quantization or compilation, and reads top to bottom.
 Names follow Meta's Llama; weights are those of the Hugging Face files, fused (q, k, v and gate, up) but not permuted.
 
-Glossary: B batch, S tokens in this call, D dim, H heads, K kv heads, E head_dim, L cache length, V vocabulary.
+Glossary: B batch, S tokens in this call, D dim, H heads, K kv heads, E head_dim, L cache slots, V vocabulary,
+A active experts, N = B * S.
 """
-import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ops
-from config import ModelConfig
+from config import AttentionConfig, DeltaNetConfig, ModelConfig
+from layers import Embedding, ExpertLinear, Linear, RMSNorm, rope_frequencies, rotate
+from linear_attention import GatedDeltaNet
 
-
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each rotated pair, float32 [E / 2], after the config's rescaling.
-
-    llama3 is the rule of Llama 3.1 (https://github.com/meta-llama/llama-models): long wavelengths are slowed by
-    `factor`, short ones kept, those between blended. linear is Chen et al. 2023 (arXiv 2306.15595).
-    """
-    rope = config.rope
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
-    frequencies = rope.theta ** (-pairs / config.head_dim)
-    if rope.kind == "linear":
-        return frequencies / rope.factor
-    if rope.kind == "llama3":
-        turns = rope.original_max_seq_len * frequencies / (2 * math.pi)  # full turns within the original context
-        keep = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
-        return frequencies * (keep + (1 - keep) / rope.factor)
-    return frequencies
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, S, heads, E], pairs (i, i + E/2) as in HF files; cos, sin [B, S, 1, E / 2] float32."""
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight.float()).to(x.dtype)
-
-
-class Linear(nn.Module):
-    """y = x W^T, without bias. Not nn.Linear: its initialisation, useless here, costs a second of imports."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., inputs] -> [..., outputs]
-        return ops.linear(x, self.weight)
-
-
-class Embedding(nn.Module):
-    """Rows of a table [V, D]."""
-
-    def __init__(self, vocab_size: int, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
-
-    def forward(self, tokens: Tensor) -> Tensor:  # [B, S] -> [B, S, D]
-        return F.embedding(tokens, self.weight)
-
+# -- attention --------------------------------------------------------------------------------------------------------
 
 class KVCache(nn.Module):
-    """Keys and values of past positions in static buffers [B, K, L, E], written in place."""
+    """Keys and values of past positions in static buffers [B, K, L, E], written in place; position p in slot p % L.
 
-    def __init__(self, batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype,
+    L is the longest text, or with a window only that and `rewind` more: a call may start so many positions before the
+    end of the last one. Nothing has to move for that, the positions of a call tell what the slots hold.
+    """
+
+    def __init__(self, config: AttentionConfig, batch: int, length: int, rewind: int, dtype: torch.dtype,
                  device: torch.device) -> None:
         super().__init__()
+        self.window = config.window if config.window and config.window < length else None
+        self.size = min(length, self.window + rewind) if self.window else length
+        self.rewindable = self.size - self.window if self.size < length else length
         for name in ("k", "v"):
-            buffer = torch.zeros(batch, heads, length, head_dim, dtype=dtype, device=device)
+            buffer = torch.zeros(batch, config.n_kv_heads, self.size, config.head_dim, dtype=dtype, device=device)
             self.register_buffer(name, buffer, persistent=False)
         self.register_buffer("rows", torch.arange(batch, device=device)[:, None], persistent=False)
 
-    def update(self, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, S, K, E] at positions [B, S]; returns the whole caches [B, K, L, E]."""
-        self.k[self.rows, :, positions] = k
-        self.v[self.rows, :, positions] = v
-        return self.k, self.v
+    def attended(self, positions: Tensor) -> ops.Attended:
+        """What a call at positions [B, S] looks at: the slots once it has written, or the old ones beside the new keys."""
+        if self.window is None or positions.shape[1] <= self.size - self.window + 1:
+            return ops.attended(positions, self.size, self.window)
+        return ops.attended_beside(positions, self.size, self.window)
+
+    def update(self, where: ops.Attended, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, S, K, E] of a call; returns the keys and values it looks at, [B, K, n, E]."""
+        if where.beside is None:
+            slots = where.positions if self.window is None else where.positions % self.size
+            self.k[self.rows, :, slots] = k
+            self.v[self.rows, :, slots] = v
+            return self.k, self.v
+        return self.shift(self.k, where, k), self.shift(self.v, where, v)
+
+    def shift(self, buffer: Tensor, where: ops.Attended, new: Tensor) -> Tensor:
+        """The old window in order and `new` behind it, [B, K, W - 1 + S, E]; what `buffer` holds becomes the end of that."""
+        seen = torch.cat([buffer[self.rows, :, where.beside], new], 1)  # [B, W - 1 + S, K, E]
+        slots = torch.arange(self.size, device=buffer.device)
+        held = ops.slot_positions(where.positions[:, -1:], slots, self.size)  # [B, L]
+        first = where.positions[:, :1] - where.beside.shape[1]
+        buffer.copy_(seen[self.rows, held - first].transpose(1, 2))
+        return seen.transpose(1, 2)
+
+    def rewind(self, n: int) -> bool:
+        """Whether the next call may start n positions before the end of the last one."""
+        return n <= self.rewindable
+
+    def reset(self) -> None:
+        self.k.zero_(), self.v.zero_()
+
+
+class Call(NamedTuple):
+    """What all attention layers of a kind share in one call."""
+    where: ops.Attended
+    cos: Tensor | None  # [B, S, 1, r / 2], float32
+    sin: Tensor | None
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with q, k and v from one matrix."""
+    """Grouped-query attention with q, k and v from one matrix; if gated, [q | gate] of each head stand side by side."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    block = 0  # prompts may be cut anywhere
+
+    def __init__(self, dim: int, config: AttentionConfig, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        self.wqkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
-        self.wo = Linear(self.heads * self.head_dim, config.dim)
+        self.config, heads, E = config, config.n_heads, config.head_dim
+        self.widths = [heads * (1 + config.gated), config.n_kv_heads, config.n_kv_heads]
+        self.wqkv = Linear(dim, sum(self.widths) * E, bias=config.qkv_bias)
+        self.wo = Linear(heads * E, dim)
+        self.q_norm = norm(E) if config.qk_norm else nn.Identity()
+        self.k_norm = norm(E) if config.qk_norm else nn.Identity()
+        if config.rope:
+            self.register_buffer("frequencies", rope_frequencies(config.rope), persistent=False)
         self.cache: KVCache | None = None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, where: ops.Attended) -> Tensor:  # x [B, S, D]
-        qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, S, H + 2K, E]
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        k, v = self.cache.update(where.positions, rotate(k, cos, sin), v)
-        y = ops.attention(rotate(q, cos, sin), k, v, where)  # [B, S, H, E]
+    def setup_cache(self, batch: int, length: int, rewind: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.cache = KVCache(self.config, batch, length, rewind, dtype, device)
+
+    def cache_bytes(self, positions: float, itemsize: int) -> float:
+        """Bytes of keys and values that a row of so many positions holds, and that the token after them reads."""
+        c = self.config
+        return 2 * c.n_kv_heads * c.head_dim * itemsize * min(positions, c.window or positions)
+
+    def prepare(self, positions: Tensor) -> Call:  # [B, S]
+        where = self.cache.attended(positions)
+        if self.config.rope is None:
+            return Call(where, None, None)
+        angles = positions[..., None, None] * self.frequencies  # [B, S, 1, r / 2]
+        return Call(where, angles.cos() * self.config.rope.scale, angles.sin() * self.config.rope.scale)
+
+    def forward(self, x: Tensor, call: Call) -> Tensor:  # x [B, S, D]
+        qkv = self.wqkv(x).unflatten(-1, (-1, self.config.head_dim))  # [B, S, H + 2K, E]
+        q, k, v = qkv.split(self.widths, dim=2)
+        if self.config.gated:
+            q, gate = q.unflatten(2, (-1, 2)).unbind(3)  # [B, S, H, E] each
+        q, k = self.q_norm(q), self.k_norm(k)
+        if call.cos is not None:
+            q, k = rotate(q, call.cos, call.sin), rotate(k, call.cos, call.sin)
+        k, v = self.cache.update(call.where, k, v)
+        y = ops.attention(q, k, v, call.where, self.config.scale)  # [B, S, H, E]
+        if self.config.gated:
+            y = y * gate.sigmoid()
         return self.wo(y.flatten(-2))
 
 
-class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(gate) * up), gate and up from one matrix (Shazeer 2020, arXiv 2002.05202)."""
+# -- feed-forward -----------------------------------------------------------------------------------------------------
 
-    def __init__(self, config: ModelConfig) -> None:
+def activate(name: str, x: Tensor) -> Tensor:
+    """[..., 2 F], gate and up side by side -> [..., F] (Shazeer 2020, arXiv 2002.05202)."""
+    gate, up = x.chunk(2, -1)
+    return (F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+
+class FeedForward(nn.Module):
+    """w2(act(gate) * up), gate and up from one matrix."""
+
+    def __init__(self, dim: int, ffn_dim: int, activation: str) -> None:
         super().__init__()
-        self.w13 = Linear(config.dim, 2 * config.ffn_dim)
-        self.w2 = Linear(config.ffn_dim, config.dim)
+        self.activation = activation
+        self.w13 = Linear(dim, 2 * ffn_dim)
+        self.w2 = Linear(ffn_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, S, D]
-        gate, up = self.w13(x).chunk(2, -1)
-        return self.w2(F.silu(gate) * up)
+        return self.w2(activate(self.activation, self.w13(x)))
 
 
-class Block(nn.Module):
+class Experts(nn.Module):
+    """Mixture of experts: a router picks A of them for each token and weighs what they say (Shazeer 2017, 1701.06538)."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.config, self.activation = config.experts, config.activation
+        experts, dim, ffn_dim = config.experts.n_experts, config.dim, config.experts.ffn_dim
+        self.router = Linear(dim, experts)
+        self.w13 = ExpertLinear(experts, dim, 2 * ffn_dim)
+        self.w2 = ExpertLinear(experts, ffn_dim, dim)
+        if config.experts.shared_dim:
+            self.shared = FeedForward(dim, config.experts.shared_dim, config.activation)
+            self.shared_gate = Linear(dim, 1)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, where: ops.Attended) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, where)
-        return x + self.feed_forward(self.ffn_norm(x))
+    def forward(self, x: Tensor) -> Tensor:  # [B, S, D]
+        flat, active = x.flatten(0, 1), self.config.n_active  # [N, D]
+        weights, chosen = self.router(flat).float().softmax(-1).topk(active)  # [N, A]
+        if self.config.norm_topk:
+            weights = weights / weights.sum(-1, keepdim=True)
+        chosen = chosen.flatten()
+        h = activate(self.activation, self.w13(flat.repeat_interleave(active, 0), chosen))  # [N * A, F]
+        y = self.w2(h, chosen).unflatten(0, (-1, active)).float()  # [N, A, D]
+        y = (y * weights[..., None]).sum(1).to(x.dtype).view_as(x)
+        return y + self.shared_gate(x).sigmoid() * self.shared(x) if self.config.shared_dim else y
+
+
+# -- the whole --------------------------------------------------------------------------------------------------------
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, mixer: AttentionConfig | DeltaNetConfig) -> None:
+        super().__init__()
+        def norm(dim: int) -> RMSNorm:
+            return RMSNorm(dim, config.norm_eps, config.norm_offset)
+        self.attention_norm, self.ffn_norm = norm(config.dim), norm(config.dim)
+        self.attention_post_norm = norm(config.dim) if config.post_norms else nn.Identity()
+        self.ffn_post_norm = norm(config.dim) if config.post_norms else nn.Identity()
+        self.attention = (Attention(config.dim, mixer, norm) if isinstance(mixer, AttentionConfig)
+                          else GatedDeltaNet(config.dim, mixer, config.norm_eps))
+        self.feed_forward = (Experts(config) if config.experts
+                             else FeedForward(config.dim, config.ffn_dim, config.activation))
+
+    def forward(self, x: Tensor, call: Call | Tensor) -> Tensor:  # x [B, S, D]; what the mixer's `prepare` made
+        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), call))
+        return x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
 
 
 class Transformer(nn.Module):
@@ -144,55 +198,85 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.tok_embeddings = Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.layers = nn.ModuleList(Block(config, config.mixers[kind]) for kind in config.layer_types)
+        self.norm = RMSNorm(config.dim, config.norm_eps, config.norm_offset)
         self.output = Linear(config.dim, config.vocab_size)
-        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
-        self.cache_length = 0
-        self.tie()
+        self.first = {kind: config.layer_types.index(kind) for kind in config.layer_types}  # a layer of each kind
+        self.cache_size = (0, 0, 0)  # batch, positions, rewind
+        self.settle()
 
-    def tie(self) -> None:
-        """A tied head is the same Parameter as the embedding: stored, moved and counted once."""
+    def settle(self) -> None:
+        """What depends on the weights at hand; to be called when they were replaced.
+
+        A tied head is the same Parameter as the embedding: stored, moved and counted once. The embeddings' scale is
+        rounded as its product was in training; a number, since a tensor on another device could not be in a CUDA graph.
+        """
         if self.config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
+        scale = torch.tensor(self.config.dim ** 0.5, dtype=self.tok_embeddings.weight.dtype, device="cpu").item()
+        self.embedding_scale = scale if self.config.scale_embeddings else None
 
     @property
     def device(self) -> torch.device:
         return self.tok_embeddings.weight.device
 
-    def setup_caches(self, batch: int, length: int) -> None:
-        """Static caches for `batch` rows of `length` positions; a no-op if those in place are large enough."""
-        if self.layers[0].attention.cache is not None and self.cache_length >= length \
-                and len(self.layers[0].attention.cache.rows) == batch:
+    @property
+    def block(self) -> int:
+        """Prompts are cut into pieces of a power of two times this and a rest below it; 0: they may be cut anywhere."""
+        return max(layer.attention.block for layer in self.layers)
+
+    @property
+    def cache_length(self) -> int:
+        return self.cache_size[1]
+
+    def setup_caches(self, batch: int, length: int, rewind: int = 0) -> None:
+        """Static caches for `batch` rows of `length` positions; a no-op if those in place are large enough.
+
+        A call may start up to `rewind` positions before the end of the last one (and anywhere, if all layers see all).
+        """
+        have = self.cache_size
+        if have[0] == batch and have[1] >= length and have[2] >= rewind:
             return
-        weight = self.tok_embeddings.weight
         for layer in self.layers:
-            layer.attention.cache = KVCache(batch, self.config.n_kv_heads, length, self.config.head_dim,
-                                            weight.dtype, weight.device)
-        self.cache_length = length
+            layer.attention.setup_cache(batch, length, rewind, self.tok_embeddings.weight.dtype, self.device)
+        self.cache_size = (batch, length, rewind)
+
+    def rewind(self, n: int) -> bool:
+        """Whether the next call may start n positions before the end of the last one; if not, start again at 0."""
+        return all([layer.attention.cache.rewind(n) for layer in self.layers])
+
+    def reset(self) -> None:
+        """Forget everything. Not needed before a new text: what starts at position 0 sees nothing older."""
+        for layer in self.layers:
+            layer.attention.cache.reset()
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """tokens [B, S] at positions [B, S] (both int64) -> logits of the last token of each row, [B, V].
+        """tokens [B, S] at positions [B, S] (both int64, consecutive in a row) -> logits of each row's last, [B, V].
 
-        Keys and values of these positions are stored; all positions before them must have been stored by earlier calls.
+        The caches take in these tokens; all positions before them must have been taken in by earlier calls.
         """
-        angles = positions[..., None, None] * self.frequencies  # [B, S, 1, E / 2]
-        cos, sin = angles.cos(), angles.sin()
-        where = ops.attended(positions, self.cache_length)
+        calls = {kind: self.layers[i].attention.prepare(positions) for kind, i in self.first.items()}
         x = self.tok_embeddings(tokens)  # [B, S, D]
-        for layer in self.layers:
-            x = layer(x, cos, sin, where)
+        if self.embedding_scale:
+            x = x * self.embedding_scale
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            x = layer(x, calls[kind])
         return self.output(self.norm(x[:, -1]))
 
     def weight_bytes_per_token(self) -> int:
-        """Bytes of weights one decoded token must read: everything once, but of an untied embedding a single row."""
+        """Bytes of weights one decoded token must read: of an untied embedding a single row, of experts the active
+        ones, of all else everything."""
         total = sum(p.nbytes for p in self.parameters())
         if not self.config.tie_embeddings:
             table = self.tok_embeddings.weight
             total -= table.nbytes - table[0].nbytes
+        for module in self.modules():
+            if isinstance(module, ExpertLinear):
+                total -= (self.config.experts.n_experts - self.config.experts.n_active) * module.weight[0].nbytes
         return total
 
-    def cache_bytes_per_position(self) -> int:
-        """Bytes of keys and values that attention reads for each position it attends to."""
-        config, size = self.config, self.tok_embeddings.weight.dtype.itemsize
-        return 2 * config.n_layers * config.n_kv_heads * config.head_dim * size
+    def cache_bytes(self, positions: float) -> int:
+        """Bytes of caches that a row of so many positions needs, and that the token after them reads."""
+        itemsize = self.tok_embeddings.weight.dtype.itemsize
+        return int(sum(layer.attention.cache_bytes(positions, itemsize) for layer in self.layers))
+

@@ -69,55 +69,94 @@ def lacks_bfloat16() -> bool:
     return known.get("architecture") == "x86_64" and not (known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
+# -- experts ----------------------------------------------------------------------------------------------------------
+
+EXPERT_ROWS = 64  # up to so many rows a GPU reads an expert's matrix anew for each; a batch of 8 with 8 experts has 64
+
+
+def expert_linear(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+    """Row n of x [N, in] times weight[chosen[n]] [out, in] transposed -> [N, out]; only chosen matrices are read.
+
+    For a few rows off the CPU: a product and a sum, which the compiler makes one kernel that reads the matrices where
+    they lie, and which never waits for the device (a matmul would first gather them).
+    """
+    if x.device.type != "cpu" and x.shape[0] <= EXPERT_ROWS:
+        return (weight[chosen] * x[:, None]).sum(-1, dtype=torch.float32).to(x.dtype)
+    return torch.ops.readonce.grouped_linear(x, weight, chosen)
+
+
+LIBRARY.define("grouped_linear(Tensor x, Tensor weight, Tensor chosen) -> Tensor")
+
+
+@torch.library.impl(LIBRARY, "grouped_linear", "CompositeExplicitAutograd")
+def grouped_linear(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+    """`expert_linear` by expert: rows sorted by the one they go to, then a matmul for each. Reads `chosen` back."""
+    order = chosen.argsort()
+    counts = torch.bincount(chosen, minlength=weight.shape[0]).tolist()
+    groups = x[order].split([n for n in counts if n])
+    parts = [linear(rows, weight[e]) for e, rows in zip((e for e, n in enumerate(counts) if n), groups, strict=True)]
+    return x.new_empty(x.shape[0], weight.shape[1]).index_copy_(0, order, torch.cat(parts))
+
+
+@torch.library.register_fake("readonce::grouped_linear")
+def _(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
 # -- attention --------------------------------------------------------------------------------------------------------
 
-LIBRARY.define("decode_attention(Tensor q, Tensor k, Tensor v, Tensor positions) -> Tensor")
-
-
-@torch.library.impl(LIBRARY, "decode_attention", "CompositeExplicitAutograd")
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    """Rows q [B, K, R, E] over whole caches [B, K, L, E]; row r stands at positions[:, r % S] -> [B, K, R, E].
-
-    Cost follows L. `ops/cuda.py` has the form whose cost follows the filled part.
-    """
-    seen = torch.arange(k.shape[2], device=q.device) <= positions[..., None]  # [B, S, L]
-    groups = q.shape[2] // positions.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.repeat(1, groups, 1)[:, None])
-
-
-@torch.library.register_fake("readonce::decode_attention")
-def _(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
-
-
 class Attended(NamedTuple):
-    """Which part of the cache a call attends to; made once and used by every layer."""
+    """Which part of the cache a call attends to; made once and used by every layer of a kind."""
     positions: Tensor  # [B, S] position of each query
-    span: int | None  # cache positions [0, span) are read; None: known only on the device
-    mask: Tensor | None  # [B, 1, 1, S, span], True where a query may look; None: everywhere
+    span: int | None = None  # slots [0, span) are read; None: known only on the device
+    mask: Tensor | None = None  # [B, 1, 1, S, span], True where a query may look; None: everywhere
+    window: int | None = None  # a query sees itself and window - 1 positions before it
+    beside: Tensor | None = None  # [B, window - 1] slots to be read beside the new keys; None: the new are in the cache
 
 
-def attended(positions: Tensor, cache_length: int) -> Attended:
-    """The attended part of the cache for queries at `positions`, so that cost follows the filled part.
+def slot_positions(newest: Tensor, slots: Tensor, size: int) -> Tensor:
+    """The position that each slot holds, [B, len(slots)], once `newest` [B, 1] is stored; below 0: nothing yet.
+
+    Position p lives in slot p % size, so a slot holds the last such position that is not after the newest.
+    """
+    return newest - (newest - slots) % size
+
+
+def visible(keys: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    """Keys at [B, n] that queries at [B, S] may look at: [B, S, n]."""
+    keys, queries = keys[:, None], positions[..., None]
+    seen = (keys >= 0) & (keys <= queries)
+    return seen if window is None else seen & (keys > queries - window)
+
+
+def attended(positions: Tensor, size: int, window: int | None = None) -> Attended:
+    """The attended part of a cache of `size` slots that will hold `positions`, so that cost follows the filled part.
 
     A CPU reads the last position back (a graph keeps it as an unknown size: one graph for all lengths), and so does a
     GPU for a prompt, once per chunk. For a single token reading back would stall the GPU and break its graph: there the
     kernel reads the position itself.
     """
     if positions.device.type != "cpu" and positions.shape[1] == 1:
-        return Attended(positions, None, None)
-    span = positions.max().item() + 1
+        return Attended(positions, window=window)
+    span = positions.max().clamp_max(size - 1).item() + 1
     if torch.compiler.is_compiling():  # what the graph may assume of a size it does not know
         torch._check(span >= 1)
-        torch._check(span <= cache_length)
-    if positions.numel() == 1:
-        return Attended(positions, span, None)
-    keys = torch.arange(span, device=positions.device)
-    return Attended(positions, span, (keys <= positions[..., None])[:, None, None])
+        torch._check(span <= size)
+    if positions.numel() == 1 and window in (None, size):
+        return Attended(positions, span)
+    keys = slot_positions(positions[:, -1:], torch.arange(span, device=positions.device), size)
+    return Attended(positions, span, visible(keys, positions, window)[:, None, None])
 
 
-def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, where: Attended) -> Tensor:
-    """Causal attention of queries [B, S, H, E] over caches [B, K, L, E] -> [B, S, H, E].
+def attended_beside(positions: Tensor, size: int, window: int) -> Attended:
+    """For a prompt whose keys would overwrite what its first queries still look at: the old window, then the new keys."""
+    old = positions[:, :1] - torch.arange(window - 1, 0, -1, device=positions.device)  # [B, window - 1]
+    mask = visible(torch.cat([old, positions], 1), positions, window)
+    return Attended(positions, window - 1 + positions.shape[1], mask[:, None, None], beside=old % size)
+
+
+def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, where: Attended, scale: float | None = None) -> Tensor:
+    """Attention of queries [B, S, H, E] over keys and values [B, K, L, E] -> [B, S, H, E]; scale None: E ** -0.5.
 
     The G query heads that share a kv head are folded into the rows of one matrix, so that keys and values are read
     once and never expanded.
@@ -125,13 +164,35 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, where: Attended) -> T
     B, S, H, E = q.shape
     K = k_cache.shape[1]
     G = H // K
+    scale = E ** -0.5 if scale is None else scale
     q = q.view(B, S, K, G, E).permute(0, 2, 3, 1, 4).reshape(B, K, G * S, E)
     if where.span is None:
-        y = torch.ops.readonce.decode_attention(q, k_cache, v_cache, where.positions)
+        y = torch.ops.readonce.decode_attention(q, k_cache, v_cache, where.positions, scale, where.window or 0)
     else:
         k, v = k_cache.narrow(2, 0, where.span), v_cache.narrow(2, 0, where.span)  # [B, K, n, E]
         mask = where.mask
         if mask is not None:
             mask = mask.expand(B, 1, G, S, where.span).reshape(B, 1, G * S, where.span)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return y.view(B, K, G, S, E).permute(0, 3, 1, 2, 4).reshape(B, S, H, E)
+
+
+LIBRARY.define("decode_attention(Tensor q, Tensor k, Tensor v, Tensor positions, float scale, int window) -> Tensor")
+
+
+@torch.library.impl(LIBRARY, "decode_attention", "CompositeExplicitAutograd")
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int) -> Tensor:
+    """Rows q [B, K, R, E] over whole caches [B, K, L, E]; row r stands at positions[:, r % S] -> [B, K, R, E].
+
+    Position p lives in slot p % L; window 0: none. Cost follows L. `ops/cuda.py` has the form whose cost follows the
+    filled part.
+    """
+    keys = slot_positions(positions[:, -1:], torch.arange(k.shape[2], device=q.device), k.shape[2])
+    seen = visible(keys, positions, window or None)  # [B, S, L]
+    groups = q.shape[2] // positions.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.repeat(1, groups, 1)[:, None], scale=scale)
+
+
+@torch.library.register_fake("readonce::decode_attention")
+def _(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

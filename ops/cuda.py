@@ -15,12 +15,13 @@ SPLITS = 32  # programs that share one kv head's cache: enough to fill a card at
 
 
 @triton.jit
-def attend_split(q, k, v, positions, partial, largest, total, scale, stride_b, stride_k, kv_heads, rows,
+def attend_split(q, k, v, positions, partial, largest, total, scale, window, size, stride_b, stride_k, kv_heads, rows,
                  S: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
     """One split of one kv head's filled positions, by online softmax (Dao et al. 2022, arXiv 2205.14135).
 
-    q [B, K, rows, E] and positions [B, S] are dense, caches have strides; row r belongs to token r % S.
-    Writes the unnormalised sum partial [B, K, SPLITS, rows, E], the row maximum and the row sum of exponentials.
+    q [B, K, rows, E] and positions [B, S] are dense, caches have strides; row r belongs to token r % S; position p lives
+    in slot p % size. Writes the unnormalised sum partial [B, K, SPLITS, rows, E], the row maximum and the row sum of
+    exponentials.
     """
     head, split = tl.program_id(0), tl.program_id(1)
     b = head // kv_heads
@@ -28,7 +29,8 @@ def attend_split(q, k, v, positions, partial, largest, total, scale, stride_b, s
     real = row < rows
     queries = tl.load(q + (head * rows + row[:, None]) * E + col[None, :], mask=real[:, None], other=0.0)
     position = tl.load(positions + b * S + row % S)  # [ROWS]
-    filled = tl.max(position, 0) + 1
+    newest = tl.max(position, 0)
+    filled = tl.minimum(newest + 1, size)
     share = tl.cdiv(tl.cdiv(filled, BLOCK), SPLITS) * BLOCK  # positions per split, whole blocks
     base = b * stride_b + (head % kv_heads) * stride_k
     m = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -37,10 +39,12 @@ def attend_split(q, k, v, positions, partial, largest, total, scale, stride_b, s
     for start in range(split * share, tl.minimum((split + 1) * share, filled), BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = (at < filled)[:, None]
+        held = newest - (newest - at) % size  # the position in each slot
         address = base + at[:, None].to(tl.int64) * E + col[None, :]
         keys = tl.load(k + address, mask=inside, other=0.0)  # [BLOCK, E]
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-        scores = tl.where(at[None, :] <= position[:, None], scores, float("-inf"))
+        seen = (at < filled)[None, :] & (held[None, :] <= position[:, None]) & (held[None, :] > position[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(m, tl.max(scores, 1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)  # a row that sees nothing of this block
         p = tl.exp(scores - safe[:, None])
@@ -55,10 +59,11 @@ def attend_split(q, k, v, positions, partial, largest, total, scale, stride_b, s
     tl.store(total + out, s, mask=real)
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    """Rows q [B, K, R, E] over caches [B, K, L, E], reading positions 0..max only -> [B, K, R, E].
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int) -> Tensor:
+    """Rows q [B, K, R, E] over caches [B, K, L, E], reading the filled slots only -> [B, K, R, E].
 
-    positions [B, S]; row r stands at positions[:, r % S]. E must be a power of two from 16 up.
+    positions [B, S]; row r stands at positions[:, r % S]; position p lives in slot p % L, window 0: none. E must be a
+    power of two from 16 up.
     """
     B, K, R, E = q.shape
     q = q.contiguous()
@@ -66,7 +71,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tens
     largest, total = torch.empty(2, B, K, SPLITS, R, dtype=torch.float32, device=q.device)
     assert k.stride() == v.stride() and k.stride(2) == E and k.stride(3) == 1, (k.stride(), v.stride())
     attend_split[(B * K, SPLITS)](
-        q, k, v, positions.contiguous(), partial, largest, total, E ** -0.5, k.stride(0), k.stride(1), K, R,
+        q, k, v, positions.contiguous(), partial, largest, total, scale, window or k.shape[2], k.shape[2],
+        k.stride(0), k.stride(1), K, R,
         S=positions.shape[1], E=E, ROWS=max(16, triton.next_power_of_2(R)), BLOCK=BLOCK, SPLITS=SPLITS, num_warps=4)
     weight = torch.exp(largest - largest.amax(2, keepdim=True))  # an empty split: exp(-inf) = 0
     y = (partial * weight[..., None]).sum(2) / (total * weight).sum(2)[..., None]

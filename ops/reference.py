@@ -3,15 +3,41 @@ import torch
 from torch import Tensor
 
 
-def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor) -> Tensor:
+def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, scale: float | None = None,
+              window: int | None = None) -> Tensor:
     """Causal attention of queries [B, S, H, E] at `positions` [B, S] over caches [B, K, L, E] -> [B, S, H, E].
 
-    Position p looks at cache positions 0..p. Scores are scaled by E ** -0.5 (Vaswani et al. 2017).
+    Slot s holds the last position of s, s + L, s + 2 L ... that is not after positions[:, -1]; a query looks at those up
+    to its own and, with a window, at that many. Scores are scaled by E ** -0.5 or `scale` (Vaswani et al. 2017).
     """
-    H, K = q.shape[2], k_cache.shape[1]
-    k = k_cache.float().repeat_interleave(H // K, dim=1)  # [B, H, L, E]
-    v = v_cache.float().repeat_interleave(H // K, dim=1)
-    scores = torch.einsum("bshe,bhle->bhsl", q.float(), k) * q.shape[-1] ** -0.5
-    future = torch.arange(k.shape[2], device=q.device) > positions[:, None, :, None]  # [B, 1, S, L]
-    probs = scores.masked_fill(future, float("-inf")).softmax(-1)
-    return torch.einsum("bhsl,bhle->bshe", probs, v).to(q.dtype)
+    B, S, H, E = q.shape
+    K, L = k_cache.shape[1:3]
+    y = torch.empty(B, S, H, E)
+    for b in range(B):
+        held = [max(range(s, int(positions[b, -1]) + 1, L), default=-1) for s in range(L)]
+        for i, p in enumerate(positions[b].tolist()):
+            slots = [s for s, at in enumerate(held) if 0 <= at <= p and (window is None or at > p - window)]
+            for h in range(H):
+                k, v = k_cache[b, h * K // H, slots].float(), v_cache[b, h * K // H, slots].float()  # [n, E]
+                scores = k @ q[b, i, h].float() * (E ** -0.5 if scale is None else scale)
+                y[b, i, h] = scores.softmax(0) @ v
+    return y.to(q.dtype)
+
+
+def expert_linear(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+    """Row n of x [N, in] times weight[chosen[n]] [out, in] transposed -> [N, out]."""
+    return torch.stack([weight[e].float() @ row.float() for row, e in zip(x, chosen, strict=True)]).to(x.dtype)
+
+
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The gated delta rule as the paper has it (arXiv 2412.06464), per row, head and token.
+
+    q, k [B, S, H, K], v [B, S, H, V], g, beta [B, S, H], state [B, H, K, V] -> o [B, S, H, V], last state.
+    """
+    o, state = torch.empty_like(v), state.clone()
+    for b, t, h in torch.cartesian_prod(*map(torch.arange, v.shape[:3])).tolist():
+        faded = g[b, t, h].exp() * state[b, h]
+        d = beta[b, t, h] * (v[b, t, h] - k[b, t, h] @ faded)
+        state[b, h] = faded + torch.outer(k[b, t, h], d)
+        o[b, t, h] = q[b, t, h] @ state[b, h]
+    return o, state

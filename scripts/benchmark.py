@@ -38,33 +38,38 @@ def ours(model: Transformer, prompt: list[int], new_tokens: int, steps: Steps) -
 
 
 def as_transformers(model: Transformer):
-    """A transformers model that holds our weights (the tensors themselves, split but not copied)."""
+    """A transformers model that holds our weights (the tensors themselves, split but not copied): Llama's kind only."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    c: ModelConfig = model.config
-    rope = dict(rope_type=c.rope.kind, rope_theta=c.rope.theta)
-    if c.rope.kind != "default":
-        rope["factor"] = c.rope.factor
-    if c.rope.kind == "llama3":
-        rope |= dict(low_freq_factor=c.rope.low_freq_factor, high_freq_factor=c.rope.high_freq_factor,
-                     original_max_position_embeddings=c.rope.original_max_seq_len)
-    config = LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, head_dim=c.head_dim,
-                         num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, intermediate_size=c.ffn_dim,
-                         max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps, rope_parameters=rope,
-                         tie_word_embeddings=c.tie_embeddings, eos_token_id=None, bos_token_id=None)
+    c, attention = model.config, model.config.mixers.get("full")
+    simple = ModelConfig(c.vocab_size, c.dim, c.ffn_dim, c.max_seq_len, c.layer_types, c.mixers, norm_eps=c.norm_eps,
+                         tie_embeddings=c.tie_embeddings, dtype=c.dtype)
+    if c != simple or set(c.layer_types) != {"full"} or attention.qk_norm or attention.qkv_bias:
+        raise UserError("transformers is compared on Llama's architecture only; take a Llama or leave --peers out")
+    rope = dict(rope_type=attention.rope.kind, rope_theta=attention.rope.theta, factor=attention.rope.factor,
+                low_freq_factor=attention.rope.low_freq_factor, high_freq_factor=attention.rope.high_freq_factor,
+                original_max_position_embeddings=attention.rope.original_max_seq_len)
+    keys = {"default": 2, "linear": 3, "llama3": 6}[attention.rope.kind]
+    config = LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=len(c.layer_types),
+                         head_dim=attention.head_dim, num_attention_heads=attention.n_heads,
+                         num_key_value_heads=attention.n_kv_heads, intermediate_size=c.ffn_dim,
+                         max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps,
+                         rope_parameters=dict(list(rope.items())[:keys]), tie_word_embeddings=c.tie_embeddings,
+                         eos_token_id=None, bos_token_id=None)
     with torch.device("meta"):
         peer = LlamaForCausalLM(config).eval()
-    kv = c.n_kv_heads * c.head_dim
+    q, kv = attention.n_heads * attention.head_dim, attention.n_kv_heads * attention.head_dim
     state = {"model.embed_tokens.weight": model.tok_embeddings.weight, "lm_head.weight": model.output.weight,
              "model.norm.weight": model.norm.weight}
     for i, layer in enumerate(model.layers):
-        q, k, v = layer.attention.wqkv.weight.split([c.n_heads * c.head_dim, kv, kv])
+        wq, wk, wv = layer.attention.wqkv.weight.split([q, kv, kv])
         gate, up = layer.feed_forward.w13.weight.chunk(2)
         state |= {f"model.layers.{i}.{name}.weight": w for name, w in {
             "input_layernorm": layer.attention_norm.weight, "post_attention_layernorm": layer.ffn_norm.weight,
-            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+            "self_attn.q_proj": wq, "self_attn.k_proj": wk, "self_attn.v_proj": wv,
             "mlp.gate_proj": gate, "mlp.up_proj": up,
             "self_attn.o_proj": layer.attention.wo.weight, "mlp.down_proj": layer.feed_forward.w2.weight}.items()}
-    peer.load_state_dict(state, assign=True)
+    dtype = model.output.weight.dtype  # theirs has norms in the dtype of the rest
+    peer.load_state_dict({name: w.to(dtype) for name, w in state.items()}, assign=True)
     peer.tie_weights()
     peer.model.rotary_emb = type(peer.model.rotary_emb)(config).to(model.device)  # its table was on meta
     return peer

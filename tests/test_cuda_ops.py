@@ -11,13 +11,16 @@ from conftest import ROOT
 import ops
 from ops import reference
 
-CASES = [(1, 1, 8, 2, 16, 256), (1, 5, 4, 1, 64, 320), (2, 1, 6, 6, 32, 200), (2, 3, 8, 2, 64, 4096)]
+# B, S, H, K, E, cache slots, window (0: none), positions up to
+CASES = [(1, 1, 8, 2, 16, 256, 0, 128), (1, 5, 4, 1, 64, 320, 0, 160), (2, 1, 6, 6, 32, 200, 0, 100),
+         (2, 3, 8, 2, 64, 4096, 0, 2048), (1, 1, 8, 2, 16, 130, 130, 900), (2, 3, 4, 2, 32, 104, 100, 300),
+         (2, 1, 4, 2, 32, 104, 100, 90)]
 
 
-def inputs(B: int, S: int, H: int, K: int, E: int, L: int) -> tuple[torch.Tensor, ...]:
-    """Random queries, caches with an unfilled tail of NaN, and positions that differ from row to row."""
+def inputs(B: int, S: int, H: int, K: int, E: int, L: int, window: int, end: int) -> tuple[torch.Tensor, ...]:
+    """Random queries and caches, and positions that differ from row to row."""
     q, (k, v) = torch.randn(B, S, H, E), torch.randn(2, B, K, L, E)
-    positions = torch.randint(L // 2, (B, 1)) + torch.arange(S)
+    positions = torch.randint(end, (B, 1)) + torch.arange(S)
     return q, k, v, positions
 
 
@@ -29,8 +32,9 @@ def folded(q: torch.Tensor, K: int) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_the_masked_form_equals_the_reference(case):
     q, k, v, positions = inputs(*case)
-    got = torch.ops.readonce.decode_attention(folded(q, case[3]), k, v, positions)
-    torch.testing.assert_close(got, folded(reference.attention(q, k, v, positions), case[3]), rtol=0, atol=1e-5)
+    got = torch.ops.readonce.decode_attention(folded(q, case[3]), k, v, positions, 0.2, case[6])
+    truth = reference.attention(q, k, v, positions, 0.2, case[6] or None)
+    torch.testing.assert_close(got, folded(truth, case[3]), rtol=0, atol=1e-5)
 
 
 def test_the_kernel_equals_the_reference_and_reads_no_empty_tail():
@@ -45,11 +49,11 @@ def test_the_kernel_equals_the_reference_and_reads_no_empty_tail():
         from ops.cuda import decode_attention
         for case in CASES:
             q, k, v, positions = inputs(*case)
-            truth = folded(reference.attention(q, k, v, positions), case[3])
+            truth = folded(reference.attention(q, k, v, positions, 0.2, case[6] or None), case[3])
             for b, last in enumerate(positions[:, -1].tolist()):
                 k[b, :, last + 1:], v[b, :, last + 1:] = float("nan"), float("nan")
             for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 1e-2)):
-                got = decode_attention(folded(q, case[3]).to(dtype), k.to(dtype), v.to(dtype), positions)
+                got = decode_attention(folded(q, case[3]).to(dtype), k.to(dtype), v.to(dtype), positions, 0.2, case[6])
                 torch.testing.assert_close(got.float(), truth, rtol=0, atol=bound)
         print("equal")
     """
@@ -60,7 +64,7 @@ def test_the_kernel_equals_the_reference_and_reads_no_empty_tail():
 
 def test_a_graph_with_the_op_has_no_break_and_gives_the_eager_result():
     """The op as decoding on a GPU uses it: opaque to the compiler, traced through its fake."""
-    q, k, v, positions = inputs(1, 1, 4, 2, 32, 64)
-    where = ops.Attended(positions, None, None)
+    q, k, v, positions = inputs(1, 1, 4, 2, 32, 64, 0, 60)
+    where = ops.Attended(positions)
     compiled = torch.compile(lambda q: ops.attention(q, k, v, where) * 2, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q), reference.attention(q, k, v, positions) * 2, rtol=0, atol=1e-5)

@@ -1,157 +1,261 @@
-"""The model computes what transformers computes, however a text is cut into calls."""
+"""Every family computes what transformers computes, however a text is cut into calls, on caches an earlier text dirtied."""
 import json
 
 import pytest
+import tiny_models
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, load, reference_model, run
+from torch._dynamo.utils import counters
 
+import device as machine
 import generate as g
-import ops
-from config import config_from_dict, read_json
-from loader import load_weights
-from ops import reference
+from loader import Checkpoint
 
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=64)
-SHAPES = {
-    "llama 2": dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False,
-                    rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
-    "llama 3.2": dict(hidden_size=96, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
-                      tie_word_embeddings=True, rope_parameters=dict(LLAMA3, rope_theta=500000.0)),
-    "linear rope": dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=False,
-                        rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)),
-}
+HYBRIDS = ["Qwen3.5", "Qwen3.5-MoE"]
+WINDOWED = ["Mistral, sliding", "Gemma 3"]
+# Logits reach 5. The bound is loose for all but the hybrids, whose recurrence has ill-conditioned positions where
+# transformers differs as much from its own float64 (measured figures: README).
+BOUND = dict(rtol=0, atol=1e-3)
 
 
-def reference_model(name: str) -> LlamaForCausalLM:
-    """A random transformers model with weights large enough that a wrong formula shows."""
-    config = LlamaConfig(vocab_size=128, num_hidden_layers=3, intermediate_size=160, max_position_embeddings=512,
-                         rms_norm_eps=1e-5, **SHAPES[name])
-    model = LlamaForCausalLM(config).float().eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.15)
-    return model
-
-
-def ours(folder, dtype=torch.float32):
-    with torch.device("meta"):
-        model = g.Transformer(config_from_dict(read_json(folder / "config.json"))).eval()
-    load_weights(model, folder, torch.device("cpu"), dtype)
-    model.setup_caches(1, 256)
-    return model
-
-
-def run(model, ids: torch.Tensor, *cuts: int) -> torch.Tensor:
-    """Logits [1, V] of the last token, with the text cut into calls at `cuts`."""
-    with torch.no_grad():
-        for start, end in zip((0, *cuts), (*cuts, ids.shape[1]), strict=True):
-            logits = model(ids[:, start:end], torch.arange(start, end)[None])
-    return logits
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_logits_are_those_of_transformers(name, tmp_path):
-    theirs = reference_model(name)
+@pytest.fixture(params=FAMILIES)
+def family(request, tmp_path):
+    """(transformers' model, ours with caches dirtied by a first prompt)"""
+    theirs = reference_model(request.param)
     theirs.save_pretrained(tmp_path)
-    model = ours(tmp_path)
-    run(model, torch.randint(128, (1, 200)))  # a first prompt leaves the caches dirty
+    model = load(tmp_path)
+    run(model, torch.randint(128, (1, 200)))
+    return theirs, model
+
+
+def logits_of(theirs, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return theirs(ids).logits
+
+
+def test_logits_are_those_of_transformers(family):
+    theirs, model = family
     ids = torch.randint(128, (1, 90))
-    with torch.no_grad():
-        truth = theirs(ids).logits
-    bound = dict(rtol=0, atol=1e-4)
+    truth = logits_of(theirs, ids)
     for end in (1, 75, 90):
-        torch.testing.assert_close(run(model, ids[:, :end]), truth[:, end - 1], **bound)
-    torch.testing.assert_close(run(model, ids, 40, 75), truth[:, -1], **bound)  # prefill in chunks
-    torch.testing.assert_close(run(model, ids, 75, *range(76, 90)), truth[:, -1], **bound)  # decode token by token
+        torch.testing.assert_close(run(model, ids[:, :end]), truth[:, end - 1], **BOUND)
+    torch.testing.assert_close(run(model, ids, 40, 75), truth[:, -1], **BOUND)  # prefill in chunks
+    torch.testing.assert_close(run(model, ids, 75, *range(76, 90)), truth[:, -1], **BOUND)  # decode token by token
+    torch.testing.assert_close(run(model, ids, *range(1, 90)), truth[:, -1], **BOUND)  # from the first token on
 
 
-def test_greedy_tokens_are_those_of_transformers(tmp_path):
-    theirs = reference_model("llama 3.2")
-    theirs.save_pretrained(tmp_path)
+def test_greedy_tokens_are_those_of_transformers(family):
+    theirs, model = family
     prompt = torch.randint(3, 128, (1, 20))
-    theirs.generation_config.eos_token_id = None  # random weights may say "stop" at any time
     expected = theirs.generate(prompt, max_new_tokens=32, do_sample=False, pad_token_id=0)[0, 20:]
-    got = list(g.generate(ours(tmp_path), prompt[0].tolist(), 32, g.Sampling(temperature=0)))
+    got = list(g.generate(model, prompt[0].tolist(), 32, g.Sampling(temperature=0)))
     assert got == expected.tolist()
 
 
-def test_bfloat16_is_no_further_from_float32_than_transformers(tmp_path):
-    theirs = reference_model("llama 3.2")
-    theirs.save_pretrained(tmp_path)
-    errors = {"ours": [], "theirs": []}
-    half = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
-    model = ours(tmp_path, torch.bfloat16)
-    for _ in range(40):
-        ids = torch.randint(128, (1, 60))
+def test_compiled_decoding_is_one_graph_and_the_logits_are_those_of_transformers(family):
+    """Through a first prompt's leftovers, past the window and back to the start of another text."""
+    theirs, model = family
+    torch._dynamo.reset()
+    counters.clear()
+    machine.configure_compiler(model.device)
+    step = torch.compile(lambda tokens, positions: model(tokens, positions), fullgraph=True, mode="reduce-overhead")
+    for start, end in ((12, 34), (70, 74), (1, 3)):
+        ids = torch.randint(128, (1, end))
+        truth = logits_of(theirs, ids)
+        run(model, ids[:, :start])
+        for p in range(start, end):
+            with torch.no_grad():
+                got = step(torch.tensor([[ids[0, p]]]), torch.tensor([[p]]))
+            torch.testing.assert_close(got, truth[:, p], **BOUND)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("rewind", [1, 3, 8])
+def test_a_call_may_start_before_the_end_of_the_last_one(family, rewind):
+    """What speculation does: some tokens turn out wrong, and others take their positions; in every batch row alike."""
+    _, model = family
+    ids, wrong = torch.randint(128, (2, 100)), torch.randint(128, (2, rewind))
+    model.setup_caches(2, 256)
+    straight = [run(model, ids[:, :end], 80, *range(81, end)) for end in (82, 95)]
+    model.setup_caches(2, 256, rewind)
+    for start in (80, 84):  # behind a long call, and behind short ones
+        run(model, ids[:, :start], 78, *range(79, start))
         with torch.no_grad():
-            truth = theirs(ids).logits[:, -1]
-            errors["theirs"].append(half(ids).logits[:, -1].float() - truth)
-        errors["ours"].append(run(model, ids).float() - truth)
-    rms = {who: torch.cat(e).square().mean().sqrt().item() for who, e in errors.items()}
-    assert rms["ours"] <= 1.1 * rms["theirs"]  # 0.9 on average; the rest is the noise of 40 prompts
+            model(wrong, torch.arange(start, start + rewind).expand(2, -1))
+        assert model.rewind(rewind)
+        again = run(model, ids[:, :95], *range(start + 1, 95), first=start)
+        torch.testing.assert_close(again, straight[1], **BOUND)
+    run(model, torch.cat([ids[:, :82 - rewind], wrong], 1))  # into a prompt
+    torch.testing.assert_close(run(model, ids[:, :82], first=82 - rewind), straight[0], **BOUND)
 
 
-@pytest.mark.parametrize("layout", ["shards", "old rope keys", "tied head repeated"])
-def test_hub_layouts_load(layout, tmp_path):
-    theirs = reference_model("llama 3.2")
-    theirs.save_pretrained(tmp_path, max_shard_size="60KB" if layout == "shards" else "5GB")
-    document = json.loads((tmp_path / "config.json").read_text())
-    if layout == "shards":
-        assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    if layout == "old rope keys":
-        rope = document.pop("rope_parameters")
-        document["rope_theta"] = rope.pop("rope_theta")
-        document["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
-        (tmp_path / "config.json").write_text(json.dumps(document))
-    if layout == "tied head repeated":
-        from safetensors.torch import load_file, save_file
-        tensors = load_file(tmp_path / "model.safetensors")
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-        save_file(tensors, tmp_path / "model.safetensors")
-    ids = torch.randint(128, (1, 30))
-    model = ours(tmp_path)
-    assert model.output.weight is model.tok_embeddings.weight
-    with torch.no_grad():
-        torch.testing.assert_close(run(model, ids), theirs(ids).logits[:, -1], rtol=0, atol=1e-4)
+def test_a_rewind_further_than_kept_is_refused(tmp_path):
+    for name, kept in (("Qwen3.5", 4), ("Gemma 3", 4), ("Llama 2", 256)):
+        reference_model(name).save_pretrained(tmp_path / name)
+        model = load(tmp_path / name)
+        model.setup_caches(1, 256, 4)
+        assert model.rewind(kept) and not model.rewind(kept + 1)
 
 
-def test_a_batch_row_is_the_row_alone(tmp_path):
-    reference_model("llama 3.2").save_pretrained(tmp_path)
-    model = ours(tmp_path)
-    ids = torch.randint(128, (3, 40))
-    alone = torch.cat([run(model, row[None]) for row in ids])
+def test_after_a_reset_the_caches_hold_nothing(family):
+    _, model = family
+    model.reset()
+    assert all(not b.any() for name, b in model.named_buffers() if name.endswith(("cache.k", "cache.v", "conv", "state")))
+
+
+def test_bfloat16_is_no_further_from_float32_than_transformers(tmp_path):
+    """Over families together: each alone would need more prompts than a test may take."""
+    ratios = []
+    for name in ("Llama 3.2", "Gemma 3", "Qwen3", "Qwen3.5", "Mixtral"):
+        theirs = reference_model(name)
+        theirs.save_pretrained(tmp_path / name)
+        half = type(theirs).from_pretrained(tmp_path / name, dtype=torch.bfloat16, attn_implementation="eager").eval()
+        model = load(tmp_path / name, torch.bfloat16)
+        errors = {"ours": [], "theirs": []}
+        for _ in range(20):
+            ids = torch.randint(128, (1, 60))
+            truth = logits_of(theirs, ids)[:, -1]
+            errors["theirs"].append(logits_of(half, ids)[:, -1].float() - truth)
+            errors["ours"].append(run(model, ids).float() - truth)
+        rms = {who: torch.cat(e).square().mean().sqrt().item() for who, e in errors.items()}
+        ratios.append(rms["ours"] / rms["theirs"])
+    assert torch.tensor(ratios).log().mean().exp() <= 1, ratios
+    assert max(ratios) <= 1.3, ratios  # the noise of 20 prompts
+
+
+def test_a_batch_row_is_the_row_alone(family):
+    _, model = family
+    ids = torch.randint(128, (3, 43))
+    alone = torch.cat([run(model, row[None], 40, 41, 42) for row in ids])
     model.setup_caches(3, 256)
-    starts = torch.tensor([[0], [0], [0]])
-    with torch.no_grad():
-        together = model(ids, starts + torch.arange(40))
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(model, ids, 40, 41, 42), alone, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("B, S, H, K", [(1, 1, 8, 2), (1, 7, 4, 4), (2, 1, 8, 1), (3, 5, 6, 3)])
-def test_attention_equals_its_reference(B, S, H, K):
-    q, length = torch.randn(B, S, H, 32), 64
-    k, v = torch.randn(2, B, K, length, 32)
-    positions = torch.randint(length - S, (B, 1)) + torch.arange(S)
-    got = ops.attention(q, k, v, ops.attended(positions, length))
-    torch.testing.assert_close(got, reference.attention(q, k, v, positions), rtol=0, atol=1e-5)
+def test_a_window_keeps_no_more_than_itself(tmp_path):
+    """Bytes of the caches of Gemma 3 shapes at their longest text: full layers alone grow."""
+    for name in WINDOWED:
+        reference_model(name).save_pretrained(tmp_path / name)
+        model = load(tmp_path / name)
+        model.setup_caches(1, 512)
+        sizes = [layer.attention.cache.k.shape[2] for layer in model.layers]
+        assert sizes == [16 if kind == "sliding" else 512 for kind in model.config.layer_types]
+        allocated = sum(b.nbytes for n, b in model.named_buffers() if n.endswith(("cache.k", "cache.v")))
+        assert allocated == model.cache_bytes(512)
 
 
-def test_attention_does_not_touch_the_empty_tail_of_the_cache():
-    q, (k, v) = torch.randn(1, 1, 4, 32), torch.randn(2, 1, 2, 64, 32)
-    k[:, :, 11:], v[:, :, 11:] = float("nan"), float("nan")
-    positions = torch.tensor([[10]])
-    assert ops.attention(q, k, v, ops.attended(positions, 64)).isfinite().all()
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "Mixtral", "Qwen3.5-MoE"])
+def test_a_token_reads_only_its_experts(name, tmp_path):
+    theirs = reference_model(name)
+    theirs.save_pretrained(tmp_path)
+    model, ids = load(tmp_path), torch.randint(128, (1, 30))
+    model.setup_caches(1, 256, 1)
+    truth = run(model, ids)
+    chosen: list[set] = []
+    for layer in model.layers:
+        layer.feed_forward.w2.register_forward_pre_hook(lambda _, arguments: chosen.append(set(arguments[1].tolist())))
+    run(model, ids[:, :29])
+    chosen.clear()
+    torch.testing.assert_close(run(model, ids, first=29), truth, rtol=0, atol=1e-4)
+    counted = model.weight_bytes_per_token()
+    experts, active = model.config.experts.n_experts, model.config.experts.n_active
+    left_out = 0
+    for layer, used in zip(model.layers, chosen, strict=True):
+        assert len(used) == active
+        for e in set(range(experts)) - used:  # what the token does not go through may hold anything
+            layer.feed_forward.w13.weight[e], layer.feed_forward.w2.weight[e] = float("nan"), float("nan")
+            left_out += layer.feed_forward.w13.weight[e].nbytes + layer.feed_forward.w2.weight[e].nbytes
+    torch.testing.assert_close(run(model, ids, first=29), truth, rtol=0, atol=1e-4)
+    table = model.tok_embeddings.weight
+    assert counted == sum(p.nbytes for p in model.parameters()) - left_out - table.nbytes + table[0].nbytes
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("rows", [1, 2, 9])
-@pytest.mark.parametrize("outputs", [40, 1100])  # below and above a megabyte, and more than one widened block
-@pytest.mark.parametrize("widened", [True, False])
-def test_linear_equals_its_reference(dtype, rows, outputs, widened, monkeypatch):
-    monkeypatch.setattr(ops, "lacks_bfloat16", lambda: widened)
-    x, weight = torch.randn(1, rows, 1024).to(dtype), torch.randn(outputs, 1024).to(dtype)
-    truth = x.double() @ weight.double().T
-    sums = 1024 * torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs().T)  # float32 accumulation
-    rounding = torch.finfo(dtype).eps * truth.abs()  # and one rounding of the result
-    assert ((ops.linear(x, weight).double() - truth).abs() <= sums + rounding).all()
+# -- the layouts of the hub -------------------------------------------------------------------------------------------
+
+def shards(folder, theirs, document, tensors):
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    theirs.save_pretrained(folder, max_shard_size="60KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+
+
+def old_rope_keys(folder, theirs, document, tensors):
+    rope = document.pop("rope_parameters")
+    if "full_attention" in rope:  # Gemma 3
+        document["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    document["rope_theta"] = rope.pop("rope_theta")
+    document["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
+
+
+def tied_head_repeated(folder, theirs, document, tensors):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+
+def nested(prefix: str, architecture: str):
+    """The text half of a model that also sees, with the other halves' tensors beside it."""
+    def change(folder, theirs, document, tensors):
+        text = {key: document.pop(key) for key in list(document) if key not in ("dtype", "tie_word_embeddings")}
+        document.update(architectures=[architecture], text_config=text, vision_config={"hidden_size": 8},
+                        image_token_id=5, model_type="whatever")
+        renamed = {prefix + name.removeprefix("model."): t for name, t in tensors.items() if name != "lm_head.weight"}
+        tower = {f"{name}.weight": torch.ones(3, 3) for name in (
+            "model.visual.blocks.0.attn.qkv", "vision_tower.vision_model.post_layernorm", "mtp.fc",
+            "multi_modal_projector.mm_soft_emb_norm")}
+        head = {name: t for name, t in tensors.items() if name == "lm_head.weight"}
+        tensors.clear(), tensors.update(**renamed, **tower, **head)
+    return change
+
+
+def sparse_gemma(folder, theirs, document, tensors):
+    """Google's files leave out what equals transformers' defaults."""
+    for key in ("tie_word_embeddings", "query_pre_attn_scalar", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        document.pop(key)
+
+
+def stacked_experts(folder, theirs, document, tensors):
+    for i in range(document["num_hidden_layers"]):
+        name = f"model.layers.{i}.mlp.experts"
+        parts = {x: torch.stack([tensors.pop(f"{name}.{e}.{x}_proj.weight") for e in range(8)])
+                 for x in ("gate", "up", "down")}
+        tensors[f"{name}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], 1)
+        tensors[f"{name}.down_proj"] = parts["down"]
+
+
+LAYOUTS = [
+    ("Llama 3.2", shards), ("Llama 3.2", old_rope_keys), ("Llama 3.2", tied_head_repeated), ("Gemma 3", old_rope_keys),
+    ("Mistral", nested("language_model.model.", "Mistral3ForConditionalGeneration")),
+    ("Gemma 3", nested("language_model.model.", "Gemma3ForConditionalGeneration")),
+    ("Gemma 3", nested("model.language_model.", "Gemma3ForConditionalGeneration")), ("Gemma 3", sparse_gemma),
+    ("Qwen3.5", nested("model.language_model.", "Qwen3_5ForConditionalGeneration")), ("Qwen3.5", shards),
+    ("Qwen3.5-MoE", nested("model.language_model.", "Qwen3_5MoeForConditionalGeneration")),
+    ("Qwen3.5-MoE", stacked_experts), ("Qwen3-MoE", stacked_experts), ("Mixtral", shards)]
+
+
+@pytest.mark.parametrize("name, change", LAYOUTS, ids=lambda x: getattr(x, "__name__", x))
+def test_hub_layouts_load(name, change, tmp_path, monkeypatch):
+    if change is sparse_gemma:
+        monkeypatch.setitem(tiny_models.FAMILIES, name, (FAMILIES[name][0], dict(
+            FAMILIES[name][1], query_pre_attn_scalar=256, num_attention_heads=8, num_key_value_heads=4, head_dim=256)))
+    theirs = reference_model(name)
+    theirs.save_pretrained(tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text())
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tmp_path, theirs, document, tensors)
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    if change is not shards:
+        save_file(tensors, tmp_path / "model.safetensors")
+    ids, model = torch.randint(128, (1, 30)), load(tmp_path)
+    assert (model.output.weight is model.tok_embeddings.weight) == model.config.tie_embeddings
+    torch.testing.assert_close(run(model, ids), logits_of(theirs, ids)[:, -1], **BOUND)
+
+
+def test_tensors_of_other_towers_are_not_even_listed(tmp_path):
+    theirs = reference_model("Qwen3.5")
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    plain = set(tensors)
+    tensors |= {"mtp.layers.0.mlp.up_proj.weight": torch.ones(2, 2), "model.visual.merger.norm.weight": torch.ones(2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert Checkpoint(tmp_path).tensors.keys() == {n.replace("model.language_model.", "model.") for n in plain}

@@ -1,0 +1,214 @@
+"""The families: how each one's config.json becomes a `ModelConfig`, and the named shapes.
+
+A new family is a function here, a row in FAMILIES, a parity test and a row in the README; never a copy of the model.
+`shapes.json` holds the config.json values of well-known models, for runs with random weights.
+"""
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from config import (
+    LAYER_TYPES,
+    AttentionConfig,
+    DeltaNetConfig,
+    ExpertsConfig,
+    ModelConfig,
+    Source,
+    read_json,
+    read_ropes,
+)
+from errors import UserError
+
+
+def read_layers(source: Source, pattern: Callable[[int], str] = lambda i: "full") -> tuple[str, ...]:
+    """Each layer's type: as the file lists them, else by the family's pattern over the layer's number."""
+    n = source.read("num_hidden_layers", int)
+    listed = source.read("layer_types", list, [])
+    if not listed:
+        return tuple(pattern(i) for i in range(n))
+    if len(listed) != n or any(t not in LAYER_TYPES for t in listed):
+        raise UserError(f"config.json gives layer_types={listed!r} for {n} layers; supported: {n} of "
+                        f"{', '.join(LAYER_TYPES)}")
+    return tuple(LAYER_TYPES[t] for t in listed)
+
+
+def decoder(source: Source, layers: tuple[str, ...], mixers: dict[str, Any],
+            activation_key: str = "hidden_act", **fields: Any) -> ModelConfig:
+    """What all families share: the sizes; norms and feed-forward as in Llama unless `fields` say otherwise."""
+    source.require("mlp_bias", False)
+    source.require(activation_key, {"gelu_tanh": "gelu_pytorch_tanh"}.get(fields.get("activation", ""), "silu"))
+    settings = dict(vocab_size=source.read("vocab_size", int), dim=source.read("hidden_size", int),
+                    ffn_dim=source.read("intermediate_size", int, fields.pop("ffn_dim", None)),
+                    max_seq_len=source.read("max_position_embeddings", int, 2048), layer_types=layers, mixers=mixers,
+                    norm_eps=source.read("rms_norm_eps", float, 1e-6),
+                    tie_embeddings=source.read("tie_word_embeddings", bool, False),
+                    dtype=source.read("dtype", str, source.read("torch_dtype", str, "bfloat16")))
+    return ModelConfig(**settings | fields)
+
+
+def attention(source: Source, layers: tuple[str, ...], theta: float | dict[str, float] = 10000.0, partial: float = 1.0,
+              head_dim: int = 0, **fields: Any) -> dict[str, AttentionConfig]:
+    """The softmax attention of each layer type that `layers` name (but linear), which share their sizes."""
+    source.require("attention_bias", False)
+    heads = source.read("num_attention_heads", int)
+    head_dim = source.read("head_dim", int, head_dim or source.read("hidden_size", int) // max(heads, 1))
+    kinds = dict.fromkeys(kind for kind in layers if kind != "linear")
+    ropes = read_ropes(source, dict.fromkeys(kinds, head_dim), theta, partial)
+    window = source.read("sliding_window", int) if "sliding" in kinds else None
+    source.asked.add("sliding_window")
+    return {kind: AttentionConfig(heads, source.read("num_key_value_heads", int, heads), head_dim, ropes[kind],
+                                  window=window if kind == "sliding" else None, **fields) for kind in kinds}
+
+
+def windowed(source: Source) -> tuple[str, ...]:
+    """Mistral's rule: a window, if there is one, is for every layer."""
+    kind = "sliding" if source.document.get("sliding_window") else "full"
+    return read_layers(source, lambda _: kind)
+
+
+def late_windowed(source: Source) -> tuple[str, ...]:
+    """Qwen's rule: a window counts only if `use_sliding_window`, and then for the layers from `max_window_layers`."""
+    start = source.read("max_window_layers", int, 28)
+    on = source.read("use_sliding_window", bool, False) and source.document.get("sliding_window")
+    return read_layers(source, lambda i: "sliding" if on and i >= start else "full")
+
+
+def llama(source: Source) -> ModelConfig:
+    """Llama 2, 3, 3.1, 3.2 and 3.3 (text)."""
+    layers = read_layers(source)
+    return decoder(source, layers, attention(source, layers))
+
+
+def mistral(source: Source) -> ModelConfig:
+    """Mistral 7B, Nemo, Small 3."""
+    layers = windowed(source)
+    return decoder(source, layers, attention(source, layers))
+
+
+def smollm3(source: Source) -> ModelConfig:
+    """SmolLM3: every so many layers have no position embedding."""
+    step = source.read("no_rope_layer_interval", int, 4)
+    listed = source.read("no_rope_layers", list, [])  # 1: the layer has rotary embedding
+    source.require("use_sliding_window", False)
+    layers = read_layers(source)
+    mixer = attention(source, layers, theta=2000000.0)["full"]
+    turned = [bool(x) for x in listed] or [(i + 1) % step != 0 for i in range(len(layers))]
+    if len(turned) != len(layers):
+        raise UserError(f"config.json gives {len(turned)} no_rope_layers for {len(layers)} layers")
+    return decoder(source, tuple("full" if t else "unturned" for t in turned),
+                   {"full": mixer, "unturned": replace(mixer, rope=None)})
+
+
+def qwen2(source: Source) -> ModelConfig:
+    """Qwen2 and Qwen2.5."""
+    layers = late_windowed(source)
+    return decoder(source, layers, attention(source, layers, qkv_bias=True))
+
+
+def qwen3(source: Source) -> ModelConfig:
+    layers = late_windowed(source)
+    return decoder(source, layers, attention(source, layers, qk_norm=True))
+
+
+def qwen3_moe(source: Source) -> ModelConfig:
+    """Qwen3 30B-A3B, 235B-A22B and their kin."""
+    source.require("mlp_only_layers", [])
+    source.require("decoder_sparse_step", 1)
+    layers = late_windowed(source)
+    experts = ExpertsConfig(
+        source.read("num_experts", int, source.read("num_local_experts", int, 128)),
+        source.read("num_experts_per_tok", int, 8), source.read("moe_intermediate_size", int),
+        norm_topk=source.read("norm_topk_prob", bool, False))
+    return decoder(source, layers, attention(source, layers, qk_norm=True), experts=experts)
+
+
+def mixtral(source: Source) -> ModelConfig:
+    layers = windowed(source)
+    experts = ExpertsConfig(source.read("num_local_experts", int, 8), source.read("num_experts_per_tok", int, 2),
+                            source.read("intermediate_size", int))
+    return decoder(source, layers, attention(source, layers, theta=1e6), experts=experts)
+
+
+def gemma3(source: Source) -> ModelConfig:
+    """Gemma 3, its text half. Google's files leave out most keys: the defaults are those of transformers."""
+    source.default(vocab_size=262208, num_attention_heads=8, num_key_value_heads=4, head_dim=256, sliding_window=4096,
+                   max_position_embeddings=131072, tie_word_embeddings=True, query_pre_attn_scalar=256)
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        source.require(key, None)
+    step = source.read("sliding_window_pattern", int, 6)
+    layers = read_layers(source, lambda i: "sliding" if (i + 1) % step else "full")
+    scale = source.read("query_pre_attn_scalar", float) ** -0.5
+    mixers = attention(source, layers, theta={"sliding": 1e4, "full": 1e6}, qk_norm=True, scale=scale)
+    return decoder(source, layers, mixers, "hidden_activation", activation="gelu_tanh", norm_offset=1.0,
+                   post_norms=True, scale_embeddings=True)
+
+
+def qwen3_5(source: Source, **fields: Any) -> ModelConfig:
+    """Qwen3.5, 3.6 and 3.8, dense: three Gated DeltaNet layers to one of gated attention."""
+    step = source.read("full_attention_interval", int, 4)
+    layers = read_layers(source, lambda i: "linear" if (i + 1) % step else "full")
+    source.require("attn_output_gate", True)
+    mixers: dict[str, Any] = attention(source, layers, partial=0.25, head_dim=256, qk_norm=True, gated=True)
+    mixers["linear"] = DeltaNetConfig(
+        n_k_heads=source.read("linear_num_key_heads", int, 16), n_v_heads=source.read("linear_num_value_heads", int, 32),
+        k_dim=source.read("linear_key_head_dim", int, 128), v_dim=source.read("linear_value_head_dim", int, 128),
+        conv_kernel=source.read("linear_conv_kernel_dim", int, 4))
+    return decoder(source, layers, mixers, norm_offset=1.0, **fields)
+
+
+def qwen3_5_moe(source: Source) -> ModelConfig:
+    """Qwen3.5-35B-A3B and its kin."""
+    experts = ExpertsConfig(
+        source.read("num_experts", int, 256), source.read("num_experts_per_tok", int, 8),
+        source.read("moe_intermediate_size", int, 512), shared_dim=source.read("shared_expert_intermediate_size", int, 512))
+    return qwen3_5(source, experts=experts, ffn_dim=experts.ffn_dim)
+
+
+FAMILIES: dict[str, Callable[[Source], ModelConfig]] = {
+    "LlamaForCausalLM": llama, "MistralForCausalLM": mistral, "Mistral3ForConditionalGeneration": mistral,
+    "SmolLM3ForCausalLM": smollm3, "Qwen2ForCausalLM": qwen2, "Qwen3ForCausalLM": qwen3,
+    "Qwen3MoeForCausalLM": qwen3_moe, "MixtralForCausalLM": mixtral,
+    "Gemma3ForCausalLM": gemma3, "Gemma3ForConditionalGeneration": gemma3,
+    "Qwen3_5ForCausalLM": qwen3_5, "Qwen3_5ForConditionalGeneration": qwen3_5,
+    "Qwen3_5MoeForCausalLM": qwen3_5_moe, "Qwen3_5MoeForConditionalGeneration": qwen3_5_moe}
+
+
+def config_from_dict(document: dict[str, Any]) -> ModelConfig:
+    """`ModelConfig` of a parsed config.json. Raises UserError naming whatever is unknown or missing.
+
+    Of a model that also sees or hears, the text half: its keys are in `text_config`.
+    """
+    if not isinstance(document, dict):
+        raise UserError(f"config.json holds a {type(document).__name__}; an object is expected")
+    source = Source(document)
+    architectures = source.read("architectures", list, [])
+    family = next((FAMILIES[a] for a in architectures if isinstance(a, str) and a in FAMILIES), None)
+    if family is None:
+        raise UserError(f"config.json has architectures={architectures!r}; supported: {', '.join(FAMILIES)}")
+    if text := source.read("text_config", dict, {}):
+        tied = {key: document[key] for key in ("tie_word_embeddings",) if document.get(key) is not None}
+        source = Source({**document, **text, **tied})
+    if source.document.get("quantization_config") is not None:
+        raise UserError("config.json has a quantization_config; quantized checkpoints are not supported, "
+                        "take the unquantized one")
+    config = family(source)
+    source.finish()
+    return config
+
+
+# -- named shapes -----------------------------------------------------------------------------------------------------
+
+def shapes() -> dict[str, dict[str, Any]]:
+    """Name -> config.json, of well-known models."""
+    return read_json(Path(__file__).parent / "shapes.json")
+
+
+def config_of_shape(shape: str) -> ModelConfig:
+    """The config of a name in shapes.json, or of a config.json given by path."""
+    known = shapes()
+    if shape in known:
+        return config_from_dict(known[shape])
+    if Path(shape).is_file():
+        return config_from_dict(read_json(Path(shape)))
+    raise UserError(f"unknown shape {shape!r}; allowed: {', '.join(known)}, or the path of a config.json")

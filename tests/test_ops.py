@@ -1,0 +1,65 @@
+"""Each operation of ops/ and each form of the delta rule computes what its reference computes."""
+import pytest
+import torch
+
+import ops
+from linear_attention import delta_rule_chunks, delta_rule_steps
+from ops import reference
+
+
+@pytest.mark.parametrize("B, S, H, K", [(1, 1, 8, 2), (1, 7, 4, 4), (2, 1, 8, 1), (3, 5, 6, 3)])
+@pytest.mark.parametrize("window, size", [(None, 64), (16, 64), (16, 16), (16, 20)])
+@pytest.mark.parametrize("last", [6, 15, 63, 40])
+def test_attention_equals_its_reference(B, S, H, K, window, size, last):
+    """Whole caches, windows in them, and rolling buffers that are part filled, just full, and gone round."""
+    if window and size - window + 1 < S and size != 64:
+        pytest.skip("such a call reads the old window beside its own keys: tests of the model")
+    q, (k, v) = torch.randn(B, S, H, 32), torch.randn(2, B, K, size, 32)
+    positions = torch.randint(max(last - S - 3, 0), last - S + 2, (B, 1)) + torch.arange(S)
+    truth = reference.attention(q, k, v, positions, 0.3, window)
+    got = ops.attention(q, k, v, ops.attended(positions, size, window), 0.3)
+    torch.testing.assert_close(got, truth, rtol=0, atol=1e-5)
+    on_device = ops.attention(q, k, v, ops.Attended(positions, window=window), 0.3)  # as a GPU decodes
+    torch.testing.assert_close(on_device, truth, rtol=0, atol=1e-5)
+
+
+def test_attention_does_not_touch_the_empty_tail_of_the_cache():
+    q, (k, v) = torch.randn(1, 1, 4, 32), torch.randn(2, 1, 2, 64, 32)
+    k[:, :, 11:], v[:, :, 11:] = float("nan"), float("nan")
+    positions = torch.tensor([[10]])
+    assert ops.attention(q, k, v, ops.attended(positions, 64)).isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40, 200])
+def test_rows_go_through_their_experts(rows):
+    x, weight, chosen = torch.randn(rows, 24), torch.randn(8, 40, 24), torch.randint(8, (rows,))
+    truth = reference.expert_linear(x, weight, chosen)
+    torch.testing.assert_close(ops.expert_linear(x, weight, chosen), truth, rtol=0, atol=1e-5)
+    few = (weight[chosen] * x[:, None]).sum(-1)  # the form for few rows on other devices
+    torch.testing.assert_close(few, truth, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("S", [1, 5, 64, 150])
+def test_both_forms_of_the_delta_rule_equal_their_reference(S):
+    B, H, K, V = 2, 3, 8, 16
+    q, k = torch.nn.functional.normalize(torch.randn(2, B, S, H, K), dim=-1)
+    v, g, beta = torch.randn(B, S, H, V), -torch.rand(B, S, H), torch.rand(B, S, H)
+    state = torch.randn(B, H, K, V)
+    o, last = reference.delta_rule(q, k, v, g, beta, state)
+    by_step, states = delta_rule_steps(q, k, v, g, beta, state)
+    torch.testing.assert_close((by_step, states[:, -1]), (o, last), rtol=0, atol=1e-5)
+    assert states.shape == (B, S, H, K, V)
+    torch.testing.assert_close(delta_rule_chunks(q, k, v, g, beta, state), (o, last), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("outputs", [40, 1100])  # below and above a megabyte, and more than one widened block
+@pytest.mark.parametrize("widened", [True, False])
+def test_linear_equals_its_reference(dtype, rows, outputs, widened, monkeypatch):
+    monkeypatch.setattr(ops, "lacks_bfloat16", lambda: widened)
+    x, weight = torch.randn(1, rows, 1024).to(dtype), torch.randn(outputs, 1024).to(dtype)
+    truth = x.double() @ weight.double().T
+    sums = 1024 * torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs().T)  # float32 accumulation
+    rounding = torch.finfo(dtype).eps * truth.abs()  # and one rounding of the result
+    assert ((ops.linear(x, weight).double() - truth).abs() <= sums + rounding).all()

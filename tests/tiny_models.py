@@ -1,0 +1,77 @@
+"""Random tiny models of every family, made by transformers: what the tests of the families share."""
+from pathlib import Path
+
+import torch
+import transformers as hf
+
+from config import read_json
+from families import config_from_dict
+from loader import load_weights
+from model import Transformer
+
+YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=64, rope_theta=10000.0)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64, rope_theta=500000.0)
+PLAIN = dict(rope_type="default", rope_theta=10000.0)
+HYBRID = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
+              num_hidden_layers=3, head_dim=32,
+              layer_types=["linear_attention", "full_attention", "linear_attention"],
+              rope_parameters=dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25))
+GEMMA_ROPE = dict(full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
+                  sliding_attention=dict(rope_type="default", rope_theta=1e4))
+
+# name -> (config class, what differs from BASE)
+BASE = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512, rope_parameters=PLAIN, tie_word_embeddings=False)
+FAMILIES = {
+    "Llama 2": (hf.LlamaConfig, dict(num_key_value_heads=4)),
+    "Llama 3.2": (hf.LlamaConfig, dict(head_dim=32, tie_word_embeddings=True, rope_parameters=LLAMA3)),
+    "Llama, linear rope": (hf.LlamaConfig, dict(num_key_value_heads=1, rope_parameters=dict(PLAIN, rope_type="linear",
+                                                                                          factor=4.0))),
+    "Llama, yarn rope": (hf.LlamaConfig, dict(rope_parameters=YARN)),
+    "Mistral": (hf.MistralConfig, dict(head_dim=32, sliding_window=None)),
+    "Mistral, sliding": (hf.MistralConfig, dict(sliding_window=16)),
+    "SmolLM3": (hf.SmolLM3Config, dict(no_rope_layers=[1, 0], pad_token_id=0)),
+    "Qwen2.5": (hf.Qwen2Config, dict(tie_word_embeddings=True)),
+    "Qwen3": (hf.Qwen3Config, dict(head_dim=32)),
+    "Qwen3-MoE": (hf.Qwen3MoeConfig, dict(head_dim=32, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
+                                          norm_topk_prob=True)),
+    "Mixtral": (hf.MixtralConfig, dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None)),
+    "Gemma 3": (hf.Gemma3TextConfig, dict(head_dim=32, sliding_window=16, query_pre_attn_scalar=24, num_hidden_layers=3,
+                                          layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+                                          tie_word_embeddings=True, rope_parameters=GEMMA_ROPE)),
+    "Qwen3.5": (hf.Qwen3_5TextConfig, HYBRID),
+    "Qwen3.5-MoE": (hf.Qwen3_5MoeTextConfig, dict(HYBRID, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
+                                                  shared_expert_intermediate_size=48)),
+}
+
+
+def reference_model(name: str) -> torch.nn.Module:
+    """A random model, its weights large enough that a wrong formula shows."""
+    kind, values = FAMILIES[name]
+    config = kind(**{**BASE, **values})
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model.generation_config.eos_token_id = None  # random weights may say "stop" at any time
+    for name, p in model.named_parameters():
+        if name.endswith(("A_log", "dt_bias")):
+            torch.nn.init.uniform_(p, -1, 1)
+        else:
+            around = float(name.endswith("norm.weight") and not type(model).__name__.startswith(("Gemma3", "Qwen3_5")))
+            torch.nn.init.normal_(p, mean=around if "linear_attn.norm" not in name else 1.0, std=0.15)
+    return model
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    with torch.device("meta"):
+        model = Transformer(config_from_dict(read_json(folder / "config.json"))).eval()
+    load_weights(model, folder, torch.device("cpu"), dtype)
+    model.setup_caches(1, 256)
+    return model
+
+
+@torch.no_grad()
+def run(model: Transformer, ids: torch.Tensor, *cuts: int, first: int = 0) -> torch.Tensor:
+    """Logits [B, V] of the last token of ids [B, S] from `first` on, with the text cut into calls at `cuts`."""
+    for start, end in zip((first, *cuts), (*cuts, ids.shape[1]), strict=True):
+        logits = model(ids[:, start:end], torch.arange(start, end).expand(len(ids), -1))
+    return logits
