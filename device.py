@@ -214,13 +214,18 @@ def compile_cache_state() -> str:
 
 # -- reading tokens ---------------------------------------------------------------------------------------------------
 
+def read_ahead(device: torch.device) -> int:
+    """How many steps the device is given before the host has read the first one's result."""
+    return 0 if device.type == "cpu" else 2
+
+
 def read_late(tensors: Iterator[Tensor], device: torch.device, depth: int | None = None) -> Iterator[list[int]]:
     """Device tensors of ids to lists on the host, `depth` steps late, so that the device never waits for the host.
 
-    Each tensor is copied to pinned memory behind the step that made it; only that copy is waited for. A CPU has
-    nothing to wait for: depth 0 there, 2 elsewhere.
+    Each tensor is copied to pinned memory behind the step that made it; only that copy is waited for. depth None: that
+    of `read_ahead`.
     """
-    depth = (0 if device.type == "cpu" else 2) if depth is None else depth
+    depth = read_ahead(device) if depth is None else depth
     waiting: collections.deque = collections.deque()
     for tensor in tensors:
         if device.type == "cpu":

@@ -24,12 +24,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import chat
 import device as machine
 import ops
 from config import ModelConfig, read_json
 from errors import Parser, UserError, run_command
 from families import config_from_dict, config_of_shape
 from loader import load_weights, random_weights, resolve_checkpoint
+from metrics import Sample, describe, measure
 from model import Transformer
 from sampling import Sampling, sample
 from tokenizer import Stream, Tokenizer, load_tokenizer
@@ -77,16 +79,19 @@ def compiled_steps(device: torch.device, compile_prefill: bool = False) -> Steps
 # -- generation -------------------------------------------------------------------------------------------------------
 
 def generate(model: Transformer, prompt: Sequence[int], max_new_tokens: int = 200, sampling: Sampling = Sampling(),
-             stop_ids: frozenset[int] = frozenset(), seed: int | None = None, steps: Steps = Steps()) -> Iterator[int]:
+             stop_ids: frozenset[int] = frozenset(), seed: int | None = None, steps: Steps = Steps(),
+             cached: int = 0) -> Iterator[int]:
     """Yield the ids that continue `prompt`, a stop id included, at most `max_new_tokens`.
 
-    `seed` sets torch's default generator, from which tokens are drawn. Caches grow when a longer text is asked for,
+    The first `cached` tokens of the prompt are in the model's caches already, from a call that began like this one; at
+    least one must not be. `model.rewind` tells whether what came after them there can be given up. `seed` sets torch's default generator, from which tokens are drawn. Caches grow when a longer text is asked for,
     which costs a compilation; `model.setup_caches(1, longest)` beforehand avoids it.
     Raises UserError for an empty prompt, ids outside the vocabulary, texts over the model's context, and when the
     weights give logits that are not finite.
     """
     prepare(model, prompt, max_new_tokens)
-    return _generate(model, prompt, max_new_tokens, sampling, stop_ids, seed, steps)
+    assert 0 <= cached < len(prompt), (cached, len(prompt))
+    return _generate(model, prompt, max_new_tokens, sampling, stop_ids, seed, steps, cached)
 
 
 def prepare(model: Transformer, prompt: Sequence[int], max_new_tokens: int) -> None:
@@ -111,8 +116,8 @@ def prepare(model: Transformer, prompt: Sequence[int], max_new_tokens: int) -> N
 
 
 @torch.no_grad()
-def _generate(model, prompt, max_new_tokens, sampling, stop_ids, seed, steps) -> Iterator[int]:
-    tokens = _tokens(model, prompt, max_new_tokens, sampling, seed, steps)
+def _generate(model, prompt, max_new_tokens, sampling, stop_ids, seed, steps, cached) -> Iterator[int]:
+    tokens = _tokens(model, prompt, max_new_tokens, sampling, seed, steps, cached)
     for (token,) in machine.read_late(tokens, model.device):
         if token < 0:
             raise UserError(f"the logits are not finite: {blame(model)}")
@@ -121,12 +126,12 @@ def _generate(model, prompt, max_new_tokens, sampling, stop_ids, seed, steps) ->
             return
 
 
-def _tokens(model, prompt, max_new_tokens, sampling, seed, steps) -> Iterator[Tensor]:
+def _tokens(model, prompt, max_new_tokens, sampling, seed, steps, cached) -> Iterator[Tensor]:
     """The device side: every step is given its inputs before any result has been read."""
     arguments = sampling.arguments(model.config.vocab_size, model.device)
     ids = torch.tensor(prompt, dtype=torch.int64, device=model.device)
     positions = torch.arange(len(prompt), device=model.device)
-    for chunk in chunks(len(prompt), model.block):
+    for chunk in chunks(cached, len(prompt), model.block):
         if seed is not None:  # only the last chunk's draw counts, however many there are
             torch.manual_seed(seed)
         # clones: a compiled step is specialised on the whole tensor that a view is cut from
@@ -137,13 +142,12 @@ def _tokens(model, prompt, max_new_tokens, sampling, seed, steps) -> Iterator[Te
         yield token
 
 
-def chunks(length: int, block: int) -> Iterator[slice]:
+def chunks(start: int, end: int, block: int) -> Iterator[slice]:
     """Cut a prompt into prefill calls: PREFILL_CHUNK tokens each and the rest; with a `block`, the rest into powers of two
     times that, so that a compiled prefill meets few sizes, and a last one below it."""
-    start = 0
-    while start < length:
-        size = min(length - start, PREFILL_CHUNK)
-        if block <= size < PREFILL_CHUNK and block:
+    while start < end:
+        size = min(end - start, PREFILL_CHUNK)
+        if block and block <= size < PREFILL_CHUNK:
             size = block << (size // block).bit_length() - 1
         yield slice(start, start + size)
         start += size
@@ -186,28 +190,12 @@ def load_random(shape: str, device: str = "auto", dtype: str = "auto", seed: int
     return model
 
 
-# -- measuring --------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Sample:
-    """One generated text and its times; the fields are those of --json."""
-    prompt_tokens: list[int]
-    tokens: list[int]
-    text: str
-    stop: str  # stop_id | length | interrupt
-    ttft_s: float | None
-    prefill_tok_s: float | None
-    decode_tok_s: float | None
-    ms_per_token: float | None
-    bytes_per_token: int
-    gb_s: float | None
-    bandwidth_pct: float | None = None  # of the measured read bandwidth; filled in when that is known
-    speculation: dict | None = None
-
+# -- one text --------------------------------------------------------------------------------------------------------
 
 def run_sample(model: Transformer, tokenizer: Tokenizer | None, prompt: list[int], write: Callable[[str], None],
-               **options) -> Sample:
-    """Generate once, streaming the prompt and its continuation to `write`; Ctrl-C ends it and keeps the numbers."""
+               echo: bool = True, **options) -> Sample:
+    """Generate once, streaming the prompt (if `echo`) and its continuation to `write`; Ctrl-C ends it and keeps the
+    numbers. `options` are those of `generate`."""
     stream, stops = (Stream(tokenizer, prompt), tokenizer.stop_ids) if tokenizer else (None, frozenset())
     tokens, times, pieces, stop = [], [], [], "length"
     machine.synchronize(model.device)
@@ -216,7 +204,7 @@ def run_sample(model: Transformer, tokenizer: Tokenizer | None, prompt: list[int
         for token in generate(model, prompt, stop_ids=stops, **options):
             times.append(time.perf_counter())
             if not tokens:  # not before: an error line should not follow half a text
-                write(tokenizer.decode(prompt) if tokenizer else "")
+                write(tokenizer.decode(prompt) if tokenizer and echo else "")
             tokens.append(token)
             if token in stops:
                 stop = "stop_id"
@@ -227,35 +215,7 @@ def run_sample(model: Transformer, tokenizer: Tokenizer | None, prompt: list[int
     if stream:
         pieces.append(stream.flush())
         write(pieces[-1])
-    return measure(model, prompt, tokens, "".join(pieces), stop, start, times)
-
-
-def measure(model: Transformer, prompt: list[int], tokens: list[int], text: str, stop: str, start: float,
-            times: list[float]) -> Sample:
-    """Rates from the time each token was known on the host. Decoding is counted from the first token to the last."""
-    ttft = times[0] - start if times else None
-    steps = len(times) - 1
-    per_token = (times[-1] - times[0]) / steps if steps > 0 else None
-    attended = len(prompt) + max(len(tokens), 1) / 2  # positions, on average over the decoded tokens
-    moved = model.weight_bytes_per_token() + model.cache_bytes(attended)
-    return Sample(
-        prompt_tokens=prompt, tokens=tokens, text=text, stop=stop, ttft_s=ttft,
-        prefill_tok_s=len(prompt) / ttft if ttft else None, decode_tok_s=1 / per_token if per_token else None,
-        ms_per_token=per_token * 1e3 if per_token else None, bytes_per_token=moved,
-        gb_s=moved / per_token / 1e9 if per_token else None)
-
-
-def describe(sample: Sample) -> str:
-    """The numbers of one sample, for people."""
-    if sample.ttft_s is None:
-        return "no token was generated"
-    text = (f"prompt {len(sample.prompt_tokens)} tokens, first token after {sample.ttft_s * 1e3:.1f} ms "
-            f"({sample.prefill_tok_s:.0f} tok/s); {len(sample.tokens)} new ({sample.stop})")
-    if sample.decode_tok_s is None:
-        return text
-    return (f"{text}, {sample.decode_tok_s:.1f} tok/s, {sample.ms_per_token:.2f} ms/token; "
-            f"{sample.bytes_per_token / 1e6:.1f} MB/token, {sample.gb_s:.1f} GB/s = "
-            f"{sample.bandwidth_pct:.0f} % of bandwidth")
+    return measure(model, prompt, tokens, "".join(pieces), stop, start, times, options.get("cached", 0))
 
 
 # -- command line -----------------------------------------------------------------------------------------------------
@@ -266,6 +226,7 @@ def parser() -> Parser:
     p.add_argument("--random_weights", metavar="SHAPE",
                    help="no checkpoint: random weights of a named shape (Llama-3.1-8B, ...) or of a config.json")
     p.add_argument("--prompt", help="text to continue; with --random_weights, a number of synthetic tokens (default 5)")
+    p.add_argument("--interactive", action="store_true", help="chat; /reset forgets, Ctrl-C stops a reply, Ctrl-D ends")
     p.add_argument("--num_samples", type=int, default=1, help="texts to generate (default %(default)s)")
     p.add_argument("--max_new_tokens", type=int, default=200, help="default %(default)s")
     p.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 is argmax (default %(default)s)")
@@ -300,8 +261,8 @@ def load(args) -> tuple[Transformer, Tokenizer | None, list[int]]:
     return model, None, torch.randint(model.config.vocab_size, (count,), generator=generator).tolist()
 
 
-def compile_steps(args, model: Transformer, sampling: Sampling) -> tuple[Steps, float]:
-    """Compile and warm up, so that no sample pays for it; the steps and the seconds it took."""
+def compile_steps(args, model: Transformer, sampling: Sampling, length: int = 2) -> tuple[Steps, float]:
+    """Compile and warm up, so that no prompt of `length` tokens pays for it; the steps and the seconds it took."""
     if not (args.compile or args.compile_prefill):
         return Steps(), 0.0
     if missing := machine.missing_for_compilation(model.device):
@@ -309,8 +270,9 @@ def compile_steps(args, model: Transformer, sampling: Sampling) -> tuple[Steps, 
         return Steps(), 0.0
     start = time.perf_counter()
     steps = compiled_steps(model.device, args.compile_prefill)
-    for length in (2, 1) if args.compile_prefill else (2,):
-        for _ in generate(model, [0] * length, min(5, model.config.max_seq_len - length), sampling, steps=steps):
+    sizes = {c.stop - c.start for c in chunks(0, length, model.block)} if model.block else set()
+    for size in {2, 1, *sizes} if args.compile_prefill else {2}:
+        for _ in generate(model, [0] * size, min(5, model.config.max_seq_len - size), sampling, steps=steps):
             pass  # several tokens: a CUDA graph is compiled, recorded and replayed in three calls
     machine.synchronize(model.device)
     return steps, time.perf_counter() - start
@@ -328,19 +290,40 @@ def write_text(text: str) -> None:
     print(text, end="", flush=True)
 
 
+def talk(args, model: Transformer, tokenizer: Tokenizer, sampling: Sampling) -> int:
+    """--interactive: each reply one sample, the numbers of each to stderr."""
+    chat.setup(model)
+    steps, _ = compile_steps(args, model, sampling)
+
+    def reply(turn: int, prompt: list[int], max_new_tokens: int, cached: int) -> Sample:
+        sample = run_sample(model, tokenizer, prompt, write_text, echo=False, max_new_tokens=max_new_tokens,
+                            sampling=sampling, steps=steps, seed=args.seed + turn, cached=cached)
+        write_text("\n")
+        print(describe(sample), file=sys.stderr)
+        return sample
+
+    chat.interact(model, chat.Conversation(tokenizer), reply, args.max_new_tokens)
+    return 0
+
+
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     if args.num_samples < 1:
         raise UserError(f"--num_samples is {args.num_samples}; it must be at least 1")
+    for name in ("prompt", "random_weights", "json", "profile") if args.interactive else ():
+        if getattr(args, name):
+            raise UserError(f"--{name} does not go with --interactive; leave one of them out")
     if args.profile and (Path(args.profile).is_dir() or not Path(args.profile).absolute().parent.is_dir()):
         raise UserError(f"--profile {args.profile}: no such folder, or it is one; a file is expected")
     sys.stdout.reconfigure(errors="replace")
     start = time.perf_counter()
     model, tokenizer, prompt = load(args)
     load_s = time.perf_counter() - start
+    if args.interactive:
+        return talk(args, model, tokenizer, sampling)
     prepare(model, prompt, args.max_new_tokens)  # before anything is compiled, which depends on the caches' size
-    steps, compile_s = compile_steps(args, model, sampling)
+    steps, compile_s = compile_steps(args, model, sampling, len(prompt))
     options = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, steps=steps)
     samples = []
     for i in range(args.num_samples):

@@ -1,9 +1,12 @@
 """Text to token ids and back: `tokenizer.json` (the tokenizers library) or `tokenizer.model` (sentencepiece).
 
 `Stream` turns ids into text as they come, without broken characters or lost spaces. A tokenizer's `stop_ids` are the
-union of every place where a checkpoint names the tokens that end a text.
+union of every place where a checkpoint names the tokens that end a text; its `template` turns turns of a chat into text.
 """
+import json
+import re
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from config import read_json
@@ -15,6 +18,7 @@ REPLACEMENT = "\ufffd"  # what a decoder shows for an incomplete UTF-8 sequence
 class JsonTokenizer:
     """`tokenizer.json`: every current family."""
     stop_ids: frozenset[int] = frozenset()
+    template: "ChatTemplate | None" = None
 
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as Library  # here, so that a run without text does not import it
@@ -23,8 +27,9 @@ class JsonTokenizer:
         except Exception as e:  # the library raises nothing narrower
             raise UserError(f"{path} is not a tokenizer ({str(e).splitlines()[0]}); download it again") from None
 
-    def encode(self, text: str) -> list[int]:
-        return self.library.encode(text).ids
+    def encode(self, text: str, begin: bool = True) -> list[int]:
+        """Special tokens in the text count as such; `begin`: what the tokenizer sets before and behind a text as well."""
+        return self.library.encode(text, add_special_tokens=begin).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.library.decode(list(ids), skip_special_tokens=True)
@@ -36,6 +41,7 @@ class JsonTokenizer:
 class SentencePieceTokenizer:
     """`tokenizer.model`: Llama 2, Mistral 7B, and the demo."""
     stop_ids: frozenset[int] = frozenset()
+    template: "ChatTemplate | None" = None
 
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -45,9 +51,17 @@ class SentencePieceTokenizer:
             reason = str(e).splitlines()[0]
             raise UserError(f"{path} is not a sentencepiece model ({reason}); download it again") from None
         self.vocab_size = self.library.vocab_size()
+        controls = [self.library.id_to_piece(i) for i in range(self.vocab_size) if self.library.is_control(i)]
+        self.controls = re.compile("(" + "|".join(map(re.escape, controls)) + ")")
 
-    def encode(self, text: str) -> list[int]:
-        return [self.library.bos_id(), *self.library.encode(text)]
+    def encode(self, text: str, begin: bool = True) -> list[int]:
+        """The begin token and the text, in which nothing is special; without `begin` (a rendered chat) the text alone,
+        in which the names of control tokens are those tokens."""
+        if begin:
+            return [self.library.bos_id(), *self.library.encode(text)]
+        parts = self.controls.split(text)  # texts and control tokens take turns
+        return [i for n, part in enumerate(parts) if part
+                for i in ([self.library.piece_to_id(part)] if n % 2 else self.library.encode(part))]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.library.decode([i for i in ids if i < self.vocab_size])
@@ -61,33 +75,108 @@ Tokenizer = JsonTokenizer | SentencePieceTokenizer
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, with its `stop_ids`; `encode` adds the begin token if there is one."""
+    """The tokenizer of a checkpoint folder, with its `stop_ids` and `template`."""
     if (folder / "tokenizer.json").is_file():
         tokenizer = JsonTokenizer(folder / "tokenizer.json")
     elif (folder / "tokenizer.model").is_file():
         tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
+    elif (folder / "tekken.json").is_file():
+        raise UserError(f"{folder} has tekken.json alone, which is not read; take a version with tokenizer.json")
     else:
         raise UserError(f"{folder} has no tokenizer; expected tokenizer.json or tokenizer.model")
     tokenizer.stop_ids = find_stop_ids(folder, tokenizer)
+    tokenizer.template = find_template(folder)
     return tokenizer
+
+
+def optional_json(path: Path) -> dict:
+    """The object in `path`; empty if there is none."""
+    document = read_json(path) if path.is_file() else {}
+    return document if isinstance(document, dict) else {}
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """bos_token, eos_token and so on of tokenizer_config.json, each a string there or an object with `content`."""
+    found = {key: value.get("content") if isinstance(value, dict) else value
+             for key, value in optional_json(folder / "tokenizer_config.json").items() if key.endswith("_token")}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 def find_stop_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     """Ids that end a text: eos of generation_config.json, config.json (and its text_config), tokenizer_config.json."""
-    documents = {name: read_json(folder / name) for name in
-                 ("generation_config.json", "config.json", "tokenizer_config.json") if (folder / name).is_file()}
-    documents = {name: d for name, d in documents.items() if isinstance(d, dict)}
-    nested = documents.get("config.json", {}).get("text_config")
-    nested = nested if isinstance(nested, dict) else {}
-    found: set[int] = set()
-    for document in (documents.get("generation_config.json", {}), documents.get("config.json", {}), nested):
+    config, found = optional_json(folder / "config.json"), set()
+    nested = config.get("text_config")
+    for document in (optional_json(folder / "generation_config.json"), config, nested if isinstance(nested, dict) else {}):
         eos = document.get("eos_token_id")
         found.update(i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int))
-    token = documents.get("tokenizer_config.json", {}).get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    if isinstance(token, str) and (i := tokenizer.token_id(token)) is not None:
+    token = special_tokens(folder).get("eos_token")
+    if token is not None and (i := tokenizer.token_id(token)) is not None:
         found.add(i)
     return frozenset(found)
+
+
+# -- chat -------------------------------------------------------------------------------------------------------------
+
+class ChatTemplate:
+    """A checkpoint's chat template: a jinja2 program, and as it comes from a stranger, in a sandbox.
+
+    The names it may use are those that transformers gives it (its documentation of chat templates).
+    """
+
+    def __init__(self, source: str, tokens: dict[str, str]) -> None:
+        from jinja2 import TemplateSyntaxError, nodes  # here, so that a run without chat does not import it
+        from jinja2.ext import Extension
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        class Generation(Extension):
+            """{% generation %} marks what the model said, for training; it changes nothing."""
+            tags = {"generation"}  # noqa: RUF012
+
+            def parse(self, parser):
+                line = next(parser.stream).lineno
+                return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=[Generation, "jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = lambda x, ensure_ascii=False, **options: json.dumps(
+            x, ensure_ascii=ensure_ascii, **options)
+        environment.globals.update(raise_exception=self.refuse, strftime_now=lambda form: datetime.now().strftime(form))
+        self.tokens = tokens
+        try:
+            self.program = environment.from_string(source)
+        except TemplateSyntaxError as e:
+            raise UserError(f"the checkpoint's chat template is not valid ({e}); download it again") from None
+
+    @staticmethod
+    def refuse(message: str) -> None:
+        raise UserError(f"the checkpoint's chat template refuses this chat: {message}")
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The text of a chat up to where the model's next turn begins; messages have `role` and `content`."""
+        from jinja2 import TemplateError
+        try:
+            return self.program.render(messages=messages, tools=None, documents=None, add_generation_prompt=True,
+                                       **self.tokens)
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as e:
+            if isinstance(e, UserError):
+                raise
+            raise UserError(f"the checkpoint's chat template fails ({e}); download it again") from None
+
+
+def find_template(folder: Path) -> ChatTemplate | None:
+    """From chat_template.jinja, tokenizer_config.json or chat_template.json; None if the checkpoint has none."""
+    try:
+        source = (folder / "chat_template.jinja").read_text("utf-8")
+    except FileNotFoundError:
+        source = optional_json(folder / "tokenizer_config.json").get("chat_template") \
+            or optional_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(source, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+    return ChatTemplate(source, special_tokens(folder)) if isinstance(source, str) else None
+
+
+# -- streaming --------------------------------------------------------------------------------------------------------
 
 
 class Stream:

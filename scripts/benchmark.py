@@ -23,7 +23,8 @@ from tqdm import tqdm
 import device as machine
 from config import ModelConfig
 from errors import Parser, UserError, run_command
-from generate import DEMO, Steps, compiled_steps, generate, load_model, load_random, measure
+from generate import DEMO, Steps, compiled_steps, generate, load_model, load_random
+from metrics import measure
 from model import Transformer
 from sampling import Sampling
 

@@ -1,0 +1,52 @@
+"""The numbers of a run: times of tokens to rates, and rates to bytes over the machine's bandwidth."""
+from dataclasses import dataclass
+
+from model import Transformer
+
+
+@dataclass
+class Sample:
+    """One generated text and its times; the fields are those of --json."""
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str
+    stop: str  # stop_id | length | interrupt
+    ttft_s: float | None
+    prefill_tok_s: float | None
+    decode_tok_s: float | None
+    ms_per_token: float | None
+    bytes_per_token: int
+    gb_s: float | None
+    bandwidth_pct: float | None = None  # of the measured read bandwidth; filled in when that is known
+    speculation: dict | None = None
+
+
+def measure(model: Transformer, prompt: list[int], tokens: list[int], text: str, stop: str, start: float,
+            times: list[float], cached: int = 0) -> Sample:
+    """Rates from the time each token was known on the host; `cached` tokens of the prompt were not read again.
+
+    Decoding is counted from the first token to the last.
+    """
+    ttft = times[0] - start if times else None
+    steps = len(times) - 1
+    per_token = (times[-1] - times[0]) / steps if steps > 0 else None
+    attended = len(prompt) + max(len(tokens), 1) / 2  # positions, on average over the decoded tokens
+    moved = model.weight_bytes_per_token() + model.cache_bytes(attended)
+    return Sample(
+        prompt_tokens=prompt, tokens=tokens, text=text, stop=stop, ttft_s=ttft,
+        prefill_tok_s=(len(prompt) - cached) / ttft if ttft else None, decode_tok_s=1 / per_token if per_token else None,
+        ms_per_token=per_token * 1e3 if per_token else None, bytes_per_token=moved,
+        gb_s=moved / per_token / 1e9 if per_token else None)
+
+
+def describe(sample: Sample) -> str:
+    """The numbers of one sample, for people."""
+    if sample.ttft_s is None:
+        return "no token was generated"
+    text = (f"prompt {len(sample.prompt_tokens)} tokens, first token after {sample.ttft_s * 1e3:.1f} ms "
+            f"({sample.prefill_tok_s:.0f} tok/s); {len(sample.tokens)} new ({sample.stop})")
+    if sample.decode_tok_s is None:
+        return text
+    share = "" if sample.bandwidth_pct is None else f" = {sample.bandwidth_pct:.0f} % of bandwidth"
+    return (f"{text}, {sample.decode_tok_s:.1f} tok/s, {sample.ms_per_token:.2f} ms/token; "
+            f"{sample.bytes_per_token / 1e6:.1f} MB/token, {sample.gb_s:.1f} GB/s{share}")
