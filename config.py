@@ -40,8 +40,12 @@ class AttentionConfig:
     window: int | None = None  # a token sees itself and window - 1 before it; None: all
     scale: float | None = None  # of the scores; None: head_dim ** -0.5
     qk_norm: bool = False  # RMSNorm over each head of q and k
+    v_norm: bool = False  # and of v, without weight
     qkv_bias: bool = False
+    out_bias: bool = False
     gated: bool = False  # the output times sigmoid(gate), the gate projected beside q
+    keys_are_values: bool = False  # v is what k was before its norm and rotation
+    sinks: bool = False  # each head has one more score, a weight, that no value belongs to
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class ExpertsConfig:
     ffn_dim: int
     norm_topk: bool = True  # the weights of the chosen sum to 1
     shared_dim: int = 0  # 0: no shared expert
+    bias: bool = False  # in the router and in the experts
+    beside_dense: bool = False  # a dense feed-forward for all tokens beside them, with norms for either
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,10 @@ class ModelConfig:
     norm_eps: float = 1e-5
     norm_offset: float = 0.0  # added to the weights of norms: 1 where files hold w of (1 + w)
     post_norms: bool = False  # norms after attention and feed-forward too
-    activation: str = "silu"  # silu | gelu_tanh
+    layer_scalars: bool = False  # each block's output times a weight
+    activation: str = "silu"  # silu | gelu_tanh | clamped_silu
     scale_embeddings: bool = False  # times sqrt(dim)
+    logit_softcap: float | None = None  # logits are softcap * tanh(logits / softcap)
     tie_embeddings: bool = False
     dtype: str = "bfloat16"  # what the checkpoint says it is stored in: bfloat16 | float16 | float32
 

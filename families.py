@@ -48,9 +48,9 @@ def decoder(source: Source, layers: tuple[str, ...], mixers: dict[str, Any],
 
 
 def attention(source: Source, layers: tuple[str, ...], theta: float | dict[str, float] = 10000.0, partial: float = 1.0,
-              head_dim: int = 0, **fields: Any) -> dict[str, AttentionConfig]:
+              head_dim: int = 0, bias: bool = False, **fields: Any) -> dict[str, AttentionConfig]:
     """The softmax attention of each layer type that `layers` name (but linear), which share their sizes."""
-    source.require("attention_bias", False)
+    source.require("attention_bias", bias)
     heads = source.read("num_attention_heads", int)
     head_dim = source.read("head_dim", int, head_dim or source.read("hidden_size", int) // max(heads, 1))
     kinds = dict.fromkeys(kind for kind in layers if kind != "linear")
@@ -165,13 +165,64 @@ def qwen3_5_moe(source: Source) -> ModelConfig:
     return qwen3_5(source, experts=experts, ffn_dim=experts.ffn_dim)
 
 
+def gemma4(source: Source) -> ModelConfig:
+    """Gemma 4 dense and 26B-A4B, text half. Full layers have heads of their own size, whose keys may be the values too.
+
+    E2B and E4B, with embeddings per layer and shared caches, are refused.
+    """
+    source.default(tie_word_embeddings=True, max_position_embeddings=131072, rope_parameters={
+        "sliding_attention": {"rope_theta": 1e4}, "full_attention": {
+            "rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}})
+    source.asked.add("vocab_size_per_layer_input")
+    for key, allowed in (("hidden_size_per_layer_input", 0), ("num_kv_shared_layers", 0), ("use_double_wide_mlp", False)):
+        source.require(key, allowed)
+    if source.read("use_bidirectional_attention", str, "vision") != "vision":
+        source.require("use_bidirectional_attention", None)
+    layers = read_layers(source, lambda i: "sliding" if (i + 1) % 6 else "full")
+    layers = (*layers[:-1], "full")
+    mixers = attention(source, layers, theta={"sliding": 1e4, "full": 1e6}, qk_norm=True, v_norm=True, scale=1.0)
+    own = next(iter(source.read("per_layer_config", dict, {}).values()), {})  # transformers 5; the same for all full layers
+    shared = source.read("attention_k_eq_v", bool, False)
+    heads = source.read("num_global_key_value_heads", int, 0) if shared else 0
+    mixers["full"] = replace(
+        mixers["full"], head_dim=own.get("head_dim") or source.read("global_head_dim", int, 512),
+        n_kv_heads=own.get("num_key_value_heads") or heads or mixers["full"].n_kv_heads, keys_are_values=shared)
+    source.asked.add("global_head_dim")
+    mixers["full"] = replace(mixers["full"], rope=read_ropes(
+        source, {"full": mixers["full"].head_dim}, theta=1e6)["full"])
+    experts = ExpertsConfig(
+        source.read("num_experts", int), source.read("top_k_experts", int), source.read("moe_intermediate_size", int),
+        beside_dense=True) if source.read("enable_moe_block", bool, False) else None
+    return decoder(source, layers, mixers, "hidden_activation", activation="gelu_tanh", post_norms=True,
+                   scale_embeddings=True, layer_scalars=True, experts=experts,
+                   logit_softcap=source.read("final_logit_softcapping", float, 0.0) or None)
+
+
+def gpt_oss(source: Source) -> ModelConfig:
+    """gpt-oss 20B and 120B; their MXFP4 experts are widened while loading."""
+    source.default(attention_bias=True, head_dim=64, max_position_embeddings=131072)
+    if not source.document.get("rope_parameters") and not source.document.get("rope_scaling"):
+        source.default(rope_scaling=dict(rope_type="yarn", factor=32.0, truncate=False,
+                                         original_max_position_embeddings=4096))
+    for key, allowed in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
+        source.require(key, allowed)
+    source.asked |= {"initial_context_length", "experts_per_token"}  # said again elsewhere
+    layers = read_layers(source, lambda i: "full" if i % 2 else "sliding")
+    mixers = attention(source, layers, theta=150000.0, bias=True, qkv_bias=True, out_bias=True, sinks=True)
+    experts = ExpertsConfig(source.read("num_local_experts", int, 128), source.read("num_experts_per_tok", int, 4),
+                            source.read("intermediate_size", int), bias=True)
+    return replace(decoder(source, layers, mixers, experts=experts), activation="clamped_silu")
+
+
 FAMILIES: dict[str, Callable[[Source], ModelConfig]] = {
     "LlamaForCausalLM": llama, "MistralForCausalLM": mistral, "Mistral3ForConditionalGeneration": mistral,
     "SmolLM3ForCausalLM": smollm3, "Qwen2ForCausalLM": qwen2, "Qwen3ForCausalLM": qwen3,
     "Qwen3MoeForCausalLM": qwen3_moe, "MixtralForCausalLM": mixtral,
     "Gemma3ForCausalLM": gemma3, "Gemma3ForConditionalGeneration": gemma3,
     "Qwen3_5ForCausalLM": qwen3_5, "Qwen3_5ForConditionalGeneration": qwen3_5,
-    "Qwen3_5MoeForCausalLM": qwen3_5_moe, "Qwen3_5MoeForConditionalGeneration": qwen3_5_moe}
+    "Qwen3_5MoeForCausalLM": qwen3_5_moe, "Qwen3_5MoeForConditionalGeneration": qwen3_5_moe,
+    "Gemma4ForCausalLM": gemma4, "Gemma4ForConditionalGeneration": gemma4,
+    "Gemma4UnifiedForCausalLM": gemma4, "Gemma4UnifiedForConditionalGeneration": gemma4, "GptOssForCausalLM": gpt_oss}
 
 
 def config_from_dict(document: dict[str, Any]) -> ModelConfig:
@@ -189,9 +240,10 @@ def config_from_dict(document: dict[str, Any]) -> ModelConfig:
     if text := source.read("text_config", dict, {}):
         tied = {key: document[key] for key in ("tie_word_embeddings",) if document.get(key) is not None}
         source = Source({**document, **text, **tied})
-    if source.document.get("quantization_config") is not None:
-        raise UserError("config.json has a quantization_config; quantized checkpoints are not supported, "
-                        "take the unquantized one")
+    quantized = source.read("quantization_config", dict, {})
+    if quantized and not (family is gpt_oss and quantized.get("quant_method") == "mxfp4"):
+        raise UserError(f"config.json has a quantization_config of {quantized.get('quant_method')!r}; checkpoints "
+                        f"quantized by other tools are not supported, take the unquantized one")
     config = family(source)
     source.finish()
     return config

@@ -28,12 +28,14 @@ class Linear(nn.Module):
 class ExpertLinear(nn.Module):
     """One matrix per expert; each row of x goes through the one chosen for it."""
 
-    def __init__(self, experts: int, inputs: int, outputs: int) -> None:
+    def __init__(self, experts: int, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(experts, outputs)) if bias else None
 
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # [N, inputs], int64 [N] -> [N, outputs]
-        return ops.expert_linear(x, self.weight, chosen)
+        y = ops.expert_linear(x, self.weight, chosen)
+        return y if self.bias is None else y + self.bias[chosen]
 
 
 class Embedding(nn.Module):
@@ -45,6 +47,12 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:  # [B, S] -> [B, S, D]
         return F.embedding(tokens, self.weight)
+
+
+def normalize(x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last dimension, float32."""
+    y = x.float()
+    return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
 
 
 class RMSNorm(nn.Module):
@@ -59,9 +67,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * (self.offset + self.weight.float())).to(x.dtype)
+        return (normalize(x, self.eps) * (self.offset + self.weight.float())).to(x.dtype)
 
 
 # -- rotary position embedding ----------------------------------------------------------------------------------------

@@ -26,13 +26,16 @@ NAMES: dict[str, list[list[str]]] = {
 }
 BLOCK_NAMES: dict[str, list[list[str]]] = {  # behind layers.N. on both sides
     "attention_norm.weight": [["input_layernorm.weight"]],
+    "scalar": [["layer_scalar"]],
     "attention_post_norm.weight": [["post_attention_layernorm.weight"]],
     "ffn_norm.weight": [["pre_feedforward_layernorm.weight"], ["post_attention_layernorm.weight"]],
     "ffn_post_norm.weight": [["post_feedforward_layernorm.weight"]],
-    "attention.wqkv.weight": [[f"self_attn.{x}_proj.weight" for x in "qkv"]],
+    "attention.wqkv.weight": [[f"self_attn.{x}_proj.weight" for x in part] for part in ("qkv", "qk")],
     "attention.wqkv.bias": [[f"self_attn.{x}_proj.bias" for x in "qkv"]],
     "attention.q_norm.weight": [["self_attn.q_norm.weight"]],
     "attention.k_norm.weight": [["self_attn.k_norm.weight"]],
+    "attention.sinks": [["self_attn.sinks"]],
+    "attention.wo.bias": [["self_attn.o_proj.bias"]],
     "attention.wo.weight": [["self_attn.o_proj.weight"], ["linear_attn.out_proj.weight"]],
     "attention.w_qkvz.weight": [["linear_attn.in_proj_qkv.weight", "linear_attn.in_proj_z.weight"]],
     "attention.w_ba.weight": [["linear_attn.in_proj_b.weight", "linear_attn.in_proj_a.weight"]],
@@ -42,15 +45,30 @@ BLOCK_NAMES: dict[str, list[list[str]]] = {  # behind layers.N. on both sides
     "attention.norm.weight": [["linear_attn.norm.weight"]],
     "feed_forward.w13.weight": [
         ["mlp.gate_proj.weight", "mlp.up_proj.weight"], ["mlp.experts.gate_up_proj"],
+        ["mlp.experts.gate_up_proj_blocks", "mlp.experts.gate_up_proj_scales"],
         ["mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"],
         ["block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight"]],
     "feed_forward.w2.weight": [
         ["mlp.down_proj.weight"], ["mlp.experts.down_proj"], ["mlp.experts.{e}.down_proj.weight"],
-        ["block_sparse_moe.experts.{e}.w2.weight"]],
-    "feed_forward.router.weight": [["mlp.gate.weight"], ["block_sparse_moe.gate.weight"]],
+        ["mlp.experts.down_proj_blocks", "mlp.experts.down_proj_scales"], ["block_sparse_moe.experts.{e}.w2.weight"]],
+    "feed_forward.router.weight": [["mlp.gate.weight"], ["block_sparse_moe.gate.weight"], ["mlp.router.weight"]],
     "feed_forward.shared.w13.weight": [["mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"]],
     "feed_forward.shared.w2.weight": [["mlp.shared_expert.down_proj.weight"]],
     "feed_forward.shared_gate.weight": [["mlp.shared_expert_gate.weight"]],
+    "feed_forward.router.bias": [["mlp.router.bias"]],  # gpt-oss
+    "feed_forward.w13.bias": [["mlp.experts.gate_up_proj_bias"]],
+    "feed_forward.w2.bias": [["mlp.experts.down_proj_bias"]],
+    "feed_forward.dense_norm.weight": [["pre_feedforward_layernorm.weight"]],  # Gemma 4
+    "feed_forward.dense_post_norm.weight": [["post_feedforward_layernorm_1.weight"]],
+    "feed_forward.dense.w13.weight": [["mlp.gate_proj.weight", "mlp.up_proj.weight"]],
+    "feed_forward.dense.w2.weight": [["mlp.down_proj.weight"]],
+    "feed_forward.experts_norm.weight": [["pre_feedforward_layernorm_2.weight"]],
+    "feed_forward.experts_post_norm.weight": [["post_feedforward_layernorm_2.weight"]],
+    "feed_forward.router_norm.weight": [["router.scale"]],
+    "feed_forward.expert_scale": [["router.per_expert_scale"]],
+    "feed_forward.experts.router.weight": [["router.proj.weight"]],
+    "feed_forward.experts.w13.weight": [["experts.gate_up_proj"]],
+    "feed_forward.experts.w2.weight": [["experts.down_proj"]],
 }
 # The text half of a model that also sees or hears stands under one of these; its other halves, the heads that draft further
 # tokens, and tables that are recomputed from the config are not read.
@@ -58,6 +76,7 @@ PREFIX = re.compile(r"(model\.language_model\.|language_model\.model\.|language_
 SKIPPED = re.compile(r"(model\.)?(visual|vision_tower|vision_model|vision_embedder|audio_tower|audio_model|embed_vision|embed_audio|"
                      r"multi_modal_projector|mtp)\..*|.*\.rotary_emb\.inv_freq")
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+MXFP4 = re.compile(r".*_(blocks|scales)")  # two numbers to a byte, and their exponents
 
 # What a run reads of a hub repository; everything else stays there.
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
@@ -109,7 +128,6 @@ class Stored(NamedTuple):
     path: Path
     name: str  # in the file
     shape: tuple[int, ...]
-    dtype: torch.dtype
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -136,11 +154,11 @@ class Checkpoint:
                         self.add(path, name, file.get_slice(name))
 
     def add(self, path: Path, name: str, part) -> None:
-        if part.get_dtype() not in STORED:
+        if part.get_dtype() not in STORED and not (part.get_dtype() == "U8" and MXFP4.fullmatch(name)):
             raise UserError(f"{path.name}: {name} has dtype {part.get_dtype()}; supported: {', '.join(STORED)}")
         prefix = PREFIX.match(name)
         plain = ("" if name[prefix.end():].startswith("lm_head.") else "model.") + name[prefix.end():] if prefix else name
-        self.tensors[plain] = Stored(path, name, tuple(part.get_shape()), STORED[part.get_dtype()])
+        self.tensors[plain] = Stored(path, name, tuple(part.get_shape()))
 
     def shards(self) -> dict[Path, list[str] | None]:
         """File -> the tensors the index expects in it (None: whatever it holds)."""
@@ -181,6 +199,12 @@ class Checkpoint:
         with self.open(stored.path) as file:
             target.copy_(file.get_tensor(stored.name).view_as(target))
 
+    def part(self, name: str, i: int) -> torch.Tensor:
+        """The i-th of the tensor's leading dimension."""
+        stored = self.tensors[name]
+        with self.open(stored.path) as file:
+            return file.get_slice(stored.name)[i]
+
     def sources(self, parameter: str, experts: int) -> list[str]:
         """The tensors that make up one of our parameters; those of the table's first line if none are there."""
         layer = re.match(r"layers\.\d+\.", parameter)
@@ -211,13 +235,50 @@ def plan(model: nn.Module, checkpoint: Checkpoint) -> dict[str, list[str]]:
                             f"the weights do not belong to this config.json")
     for parameter, p in model.named_parameters():
         parts = [checkpoint.tensors[name] for name in found[parameter]]
-        rows, width = Stored(checkpoint.folder, parameter, tuple(p.shape), p.dtype).rows
+        if turned(model, parameter):
+            check_turned(parts, p)
+            continue
+        rows, width = Stored(checkpoint.folder, parameter, tuple(p.shape)).rows
         if any(part.rows[1] != width for part in parts) or sum(part.rows[0] for part in parts) != rows:
             more = f" (and {len(parts) - 3} more)" if len(parts) > 3 else ""
             raise UserError(f"{checkpoint.folder}: {' + '.join(part.name for part in parts[:3])}{more} has shape "
                             f"{' + '.join(str(list(part.shape)) for part in parts[:3])}; config.json wants "
                             f"{list(p.shape)} in all")
     return found
+
+
+# -- gpt-oss ----------------------------------------------------------------------------------------------------------
+
+def turned(model: nn.Module, parameter: str) -> bool:
+    """Whether the file holds the experts as gpt-oss has them: [in, out], or packed, rows of gate and up taking turns."""
+    return bool(model.config.experts and model.config.experts.bias and re.search(r"\.w(13|2)\.", parameter))
+
+
+def check_turned(parts: list[Stored], p: torch.Tensor) -> None:
+    E, *rest = p.shape
+    wanted = [(E, *reversed(rest))] if len(parts) == 1 else [(E, *rest[:-1], rest[-1] // 32, 16), (E, *rest[:-1], rest[-1] // 32)]
+    for part, shape in zip(parts, wanted, strict=True):
+        if part.shape != shape:
+            raise UserError(f"{part.path}: {part.name} has shape {list(part.shape)}; config.json wants {list(shape)}")
+
+
+def read_turned(checkpoint: Checkpoint, names: list[str], target: torch.Tensor) -> None:
+    """Fill target [E, out, in] or [E, out], an expert at a time; gate and up, if such they are, one behind the other."""
+    for e in range(len(target)):
+        parts = [checkpoint.part(name, e) for name in names]
+        part = widen_mxfp4(*parts) if len(parts) == 2 else parts[0].mT if parts[0].dim() == 2 else parts[0]
+        target[e].copy_(torch.cat([part[0::2], part[1::2]]) if "gate_up_proj" in names[0] else part)
+
+
+def widen_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """blocks uint8 [rows, n / 32, 16], scales uint8 [rows, n / 32] -> float32 [rows, n].
+
+    E2M1 numbers, the low half of each byte first, times 2 ** (scale - 127) (OCP Microscaling Formats 1.0, 2023).
+    """
+    half = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    numbers = torch.cat([half, -half])
+    pairs = torch.stack([numbers[(blocks & 15).long()], numbers[(blocks >> 4).long()]], -1)  # [rows, n / 32, 16, 2]
+    return torch.ldexp(pairs.flatten(-2), scales.int()[..., None] - 127).flatten(-2)
 
 
 # -- into the model ---------------------------------------------------------------------------------------------------
@@ -244,6 +305,9 @@ def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: to
     found = plan(model, checkpoint)
     machine.require_memory(sum(p.numel() for p in model.parameters()) * dtype.itemsize, device)
     for parameter, tensor in materialize(model, device, dtype):
+        if turned(model, parameter):
+            read_turned(checkpoint, found[parameter], tensor)
+            continue
         row, matrix = 0, tensor.view(-1, tensor.shape[-1] if tensor.dim() > 1 else 1)
         for name in found[parameter]:
             rows, _ = checkpoint.tensors[name].rows

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import ops
 from config import AttentionConfig, DeltaNetConfig, ModelConfig
-from layers import Embedding, ExpertLinear, Linear, RMSNorm, rope_frequencies, rotate
+from layers import Embedding, ExpertLinear, Linear, RMSNorm, normalize, rope_frequencies, rotate
 from linear_attention import GatedDeltaNet
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -82,14 +82,15 @@ class Attention(nn.Module):
 
     block = 0  # prompts may be cut anywhere
 
-    def __init__(self, dim: int, config: AttentionConfig, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, dim: int, config: AttentionConfig, norm: Callable[[int], RMSNorm], norm_eps: float) -> None:
         super().__init__()
-        self.config, heads, E = config, config.n_heads, config.head_dim
-        self.widths = [heads * (1 + config.gated), config.n_kv_heads, config.n_kv_heads]
+        self.config, self.norm_eps, heads, E = config, norm_eps, config.n_heads, config.head_dim
+        self.widths = [heads * (1 + config.gated)] + [config.n_kv_heads] * (1 if config.keys_are_values else 2)
         self.wqkv = Linear(dim, sum(self.widths) * E, bias=config.qkv_bias)
-        self.wo = Linear(heads * E, dim)
+        self.wo = Linear(heads * E, dim, bias=config.out_bias)
         self.q_norm = norm(E) if config.qk_norm else nn.Identity()
         self.k_norm = norm(E) if config.qk_norm else nn.Identity()
+        self.sinks = nn.Parameter(torch.empty(heads)) if config.sinks else None
         if config.rope:
             self.register_buffer("frequencies", rope_frequencies(config.rope), persistent=False)
         self.cache: KVCache | None = None
@@ -111,14 +112,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, call: Call) -> Tensor:  # x [B, S, D]
         qkv = self.wqkv(x).unflatten(-1, (-1, self.config.head_dim))  # [B, S, H + 2K, E]
-        q, k, v = qkv.split(self.widths, dim=2)
+        q, k, *rest = qkv.split(self.widths, dim=2)
+        v = rest[0] if rest else k
         if self.config.gated:
             q, gate = q.unflatten(2, (-1, 2)).unbind(3)  # [B, S, H, E] each
         q, k = self.q_norm(q), self.k_norm(k)
+        v = normalize(v, self.norm_eps).to(x.dtype) if self.config.v_norm else v
         if call.cos is not None:
             q, k = rotate(q, call.cos, call.sin), rotate(k, call.cos, call.sin)
         k, v = self.cache.update(call.where, k, v)
-        y = ops.attention(q, k, v, call.where, self.config.scale)  # [B, S, H, E]
+        y = ops.attention(q, k, v, call.where, self.config.scale, self.sinks)  # [B, S, H, E]
         if self.config.gated:
             y = y * gate.sigmoid()
         return self.wo(y.flatten(-2))
@@ -129,6 +132,9 @@ class Attention(nn.Module):
 def activate(name: str, x: Tensor) -> Tensor:
     """[..., 2 F], gate and up side by side -> [..., F] (Shazeer 2020, arXiv 2002.05202)."""
     gate, up = x.chunk(2, -1)
+    if name == "clamped_silu":  # gpt-oss
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
     return (F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
@@ -151,24 +157,49 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config, self.activation = config.experts, config.activation
-        experts, dim, ffn_dim = config.experts.n_experts, config.dim, config.experts.ffn_dim
-        self.router = Linear(dim, experts)
-        self.w13 = ExpertLinear(experts, dim, 2 * ffn_dim)
-        self.w2 = ExpertLinear(experts, ffn_dim, dim)
+        experts, dim, ffn_dim, bias = config.experts.n_experts, config.dim, config.experts.ffn_dim, config.experts.bias
+        self.router = Linear(dim, experts, bias)
+        self.w13 = ExpertLinear(experts, dim, 2 * ffn_dim, bias)
+        self.w2 = ExpertLinear(experts, ffn_dim, dim, bias)
         if config.experts.shared_dim:
             self.shared = FeedForward(dim, config.experts.shared_dim, config.activation)
             self.shared_gate = Linear(dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, S, D]
-        flat, active = x.flatten(0, 1), self.config.n_active  # [N, D]
-        weights, chosen = self.router(flat).float().softmax(-1).topk(active)  # [N, A]
-        if self.config.norm_topk:
-            weights = weights / weights.sum(-1, keepdim=True)
-        chosen = chosen.flatten()
-        h = activate(self.activation, self.w13(flat.repeat_interleave(active, 0), chosen))  # [N * A, F]
-        y = self.w2(h, chosen).unflatten(0, (-1, active)).float()  # [N, A, D]
-        y = (y * weights[..., None]).sum(1).to(x.dtype).view_as(x)
+        y = self.speak(x, *self.route(x))
         return y + self.shared_gate(x).sigmoid() * self.shared(x) if self.config.shared_dim else y
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights and numbers of the experts for each token, both [B, S, A]."""
+        weights, chosen = self.router(x).float().softmax(-1).topk(self.config.n_active)
+        return weights / weights.sum(-1, keepdim=True) if self.config.norm_topk else weights, chosen
+
+    def speak(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """What the chosen experts make of x [B, S, D], weighed and summed."""
+        active, chosen = self.config.n_active, chosen.flatten()  # [N * A]
+        rows = x.flatten(0, 1).repeat_interleave(active, 0)  # [N * A, D]
+        y = self.w2(activate(self.activation, self.w13(rows, chosen)), chosen)
+        return (y.view(*weights.shape, -1).float() * weights[..., None]).sum(2).to(x.dtype)
+
+
+class DenseAndExperts(nn.Module):
+    """Gemma 4: a dense feed-forward and experts side by side, each with norms of its own; the router has one too."""
+
+    def __init__(self, config: ModelConfig, norm: Callable[[int], RMSNorm]) -> None:
+        super().__init__()
+        self.dim = config.dim
+        self.dense_norm, self.dense_post_norm = norm(config.dim), norm(config.dim)
+        self.dense = FeedForward(config.dim, config.ffn_dim, config.activation)
+        self.experts_norm, self.experts_post_norm = norm(config.dim), norm(config.dim)
+        self.experts = Experts(config)
+        self.router_norm = norm(config.dim)
+        self.expert_scale = nn.Parameter(torch.empty(config.experts.n_experts))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, S, D], not normalised
+        weights, chosen = self.experts.route(self.router_norm(x) * self.dim ** -0.5)
+        weights = weights * self.expert_scale[chosen]
+        y = self.experts_post_norm(self.experts.speak(self.experts_norm(x), weights, chosen))
+        return self.dense_post_norm(self.dense(self.dense_norm(x))) + y
 
 
 # -- the whole --------------------------------------------------------------------------------------------------------
@@ -178,17 +209,21 @@ class Block(nn.Module):
         super().__init__()
         def norm(dim: int) -> RMSNorm:
             return RMSNorm(dim, config.norm_eps, config.norm_offset)
-        self.attention_norm, self.ffn_norm = norm(config.dim), norm(config.dim)
+        beside = config.experts is not None and config.experts.beside_dense
+        self.attention_norm = norm(config.dim)
+        self.ffn_norm = nn.Identity() if beside else norm(config.dim)
         self.attention_post_norm = norm(config.dim) if config.post_norms else nn.Identity()
         self.ffn_post_norm = norm(config.dim) if config.post_norms else nn.Identity()
-        self.attention = (Attention(config.dim, mixer, norm) if isinstance(mixer, AttentionConfig)
+        self.attention = (Attention(config.dim, mixer, norm, config.norm_eps) if isinstance(mixer, AttentionConfig)
                           else GatedDeltaNet(config.dim, mixer, config.norm_eps))
-        self.feed_forward = (Experts(config) if config.experts
+        self.feed_forward = (DenseAndExperts(config, norm) if beside else Experts(config) if config.experts
                              else FeedForward(config.dim, config.ffn_dim, config.activation))
+        self.scalar = nn.Parameter(torch.empty(1)) if config.layer_scalars else None
 
     def forward(self, x: Tensor, call: Call | Tensor) -> Tensor:  # x [B, S, D]; what the mixer's `prepare` made
         x = x + self.attention_post_norm(self.attention(self.attention_norm(x), call))
-        return x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
+        x = x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
+        return x if self.scalar is None else x * self.scalar.to(x.dtype)
 
 
 class Transformer(nn.Module):
@@ -261,7 +296,8 @@ class Transformer(nn.Module):
             x = x * self.embedding_scale
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             x = layer(x, calls[kind])
-        return self.output(self.norm(x[:, -1]))
+        logits, cap = self.output(self.norm(x[:, -1])), self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def weight_bytes_per_token(self) -> int:
         """Bytes of weights one decoded token must read: of an untied embedding a single row, of experts the active

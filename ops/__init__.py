@@ -155,33 +155,50 @@ def attended_beside(positions: Tensor, size: int, window: int) -> Attended:
     return Attended(positions, window - 1 + positions.shape[1], mask[:, None, None], beside=old % size)
 
 
-def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, where: Attended, scale: float | None = None) -> Tensor:
+def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, where: Attended, scale: float | None = None,
+              sinks: Tensor | None = None) -> Tensor:
     """Attention of queries [B, S, H, E] over keys and values [B, K, L, E] -> [B, S, H, E]; scale None: E ** -0.5.
 
     The G query heads that share a kv head are folded into the rows of one matrix, so that keys and values are read
-    once and never expanded.
+    once and never expanded. `sinks` [H] float32: one more score for each head, that belongs to no value.
     """
     B, S, H, E = q.shape
     K = k_cache.shape[1]
     G = H // K
     scale = E ** -0.5 if scale is None else scale
     q = q.view(B, S, K, G, E).permute(0, 2, 3, 1, 4).reshape(B, K, G * S, E)
+    if sinks is not None:
+        sinks = sinks.view(K, G, 1).expand(K, G, S).reshape(K, G * S)
     if where.span is None:
-        y = torch.ops.readonce.decode_attention(q, k_cache, v_cache, where.positions, scale, where.window or 0)
+        y = torch.ops.readonce.decode_attention(q, k_cache, v_cache, where.positions, scale, where.window or 0, sinks)
     else:
         k, v = k_cache.narrow(2, 0, where.span), v_cache.narrow(2, 0, where.span)  # [B, K, n, E]
         mask = where.mask
         if mask is not None:
             mask = mask.expand(B, 1, G, S, where.span).reshape(B, 1, G * S, where.span)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        y = softmax_attention(q, k, v, mask, scale, sinks)
     return y.view(B, K, G, S, E).permute(0, 3, 1, 2, 4).reshape(B, S, H, E)
 
 
-LIBRARY.define("decode_attention(Tensor q, Tensor k, Tensor v, Tensor positions, float scale, int window) -> Tensor")
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
+                      sinks: Tensor | None) -> Tensor:
+    """Rows q [B, K, R, E] over keys and values [B, K, n, E], with sinks [K, R]: SDPA, which has none, or plainly."""
+    if sinks is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = (q @ k.mT).float() * scale  # [B, K, R, n]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    scores = torch.cat([scores, sinks[..., None].expand(*scores.shape[:-1], 1)], -1)
+    return scores.softmax(-1)[..., :-1].to(v.dtype) @ v
+
+
+LIBRARY.define("decode_attention(Tensor q, Tensor k, Tensor v, Tensor positions, float scale, int window, Tensor? sinks)"
+               " -> Tensor")
 
 
 @torch.library.impl(LIBRARY, "decode_attention", "CompositeExplicitAutograd")
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int,
+                     sinks: Tensor | None) -> Tensor:
     """Rows q [B, K, R, E] over whole caches [B, K, L, E]; row r stands at positions[:, r % S] -> [B, K, R, E].
 
     Position p lives in slot p % L; window 0: none. Cost follows L. `ops/cuda.py` has the form whose cost follows the
@@ -190,9 +207,9 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: 
     keys = slot_positions(positions[:, -1:], torch.arange(k.shape[2], device=q.device), k.shape[2])
     seen = visible(keys, positions, window or None)  # [B, S, L]
     groups = q.shape[2] // positions.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.repeat(1, groups, 1)[:, None], scale=scale)
+    return softmax_attention(q, k, v, seen.repeat(1, groups, 1)[:, None], scale, sinks)
 
 
 @torch.library.register_fake("readonce::decode_attention")
-def _(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int, sinks: Tensor | None) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -59,11 +59,12 @@ def attend_split(q, k, v, positions, partial, largest, total, scale, window, siz
     tl.store(total + out, s, mask=real)
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int) -> Tensor:
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int,
+                     sinks: Tensor | None) -> Tensor:
     """Rows q [B, K, R, E] over caches [B, K, L, E], reading the filled slots only -> [B, K, R, E].
 
-    positions [B, S]; row r stands at positions[:, r % S]; position p lives in slot p % L, window 0: none. E must be a
-    power of two from 16 up.
+    positions [B, S]; row r stands at positions[:, r % S]; position p lives in slot p % L, window 0: none; sinks [K, R].
+    E must be a power of two from 16 up.
     """
     B, K, R, E = q.shape
     q = q.contiguous()
@@ -74,8 +75,10 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: 
         q, k, v, positions.contiguous(), partial, largest, total, scale, window or k.shape[2], k.shape[2],
         k.stride(0), k.stride(1), K, R,
         S=positions.shape[1], E=E, ROWS=max(16, triton.next_power_of_2(R)), BLOCK=BLOCK, SPLITS=SPLITS, num_warps=4)
-    weight = torch.exp(largest - largest.amax(2, keepdim=True))  # an empty split: exp(-inf) = 0
-    y = (partial * weight[..., None]).sum(2) / (total * weight).sum(2)[..., None]
+    most = largest.amax(2, keepdim=True)  # [B, K, 1, R]
+    weight = torch.exp(largest - most)  # an empty split: exp(-inf) = 0
+    total = (total * weight).sum(2) + (0 if sinks is None else torch.exp(sinks - most[:, :, 0]))
+    y = (partial * weight[..., None]).sum(2) / total[..., None]
     return y.to(q.dtype)
 
 

@@ -4,11 +4,12 @@ from torch import Tensor
 
 
 def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, scale: float | None = None,
-              window: int | None = None) -> Tensor:
+              window: int | None = None, sinks: Tensor | None = None) -> Tensor:
     """Causal attention of queries [B, S, H, E] at `positions` [B, S] over caches [B, K, L, E] -> [B, S, H, E].
 
     Slot s holds the last position of s, s + L, s + 2 L ... that is not after positions[:, -1]; a query looks at those up
-    to its own and, with a window, at that many. Scores are scaled by E ** -0.5 or `scale` (Vaswani et al. 2017).
+    to its own and, with a window, at that many. Scores are scaled by E ** -0.5 or `scale` (Vaswani et al. 2017); the
+    score sinks[h] belongs to no value.
     """
     B, S, H, E = q.shape
     K, L = k_cache.shape[1:3]
@@ -20,7 +21,8 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, sc
             for h in range(H):
                 k, v = k_cache[b, h * K // H, slots].float(), v_cache[b, h * K // H, slots].float()  # [n, E]
                 scores = k @ q[b, i, h].float() * (E ** -0.5 if scale is None else scale)
-                y[b, i, h] = scores.softmax(0) @ v
+                lost = torch.zeros(0) if sinks is None else sinks[h:h + 1]
+                y[b, i, h] = torch.cat([scores, lost]).softmax(0)[:len(slots)] @ v
     return y.to(q.dtype)
 
 

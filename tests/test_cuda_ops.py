@@ -32,7 +32,7 @@ def folded(q: torch.Tensor, K: int) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_the_masked_form_equals_the_reference(case):
     q, k, v, positions = inputs(*case)
-    got = torch.ops.readonce.decode_attention(folded(q, case[3]), k, v, positions, 0.2, case[6])
+    got = torch.ops.readonce.decode_attention(folded(q, case[3]), k, v, positions, 0.2, case[6], None)
     truth = reference.attention(q, k, v, positions, 0.2, case[6] or None)
     torch.testing.assert_close(got, folded(truth, case[3]), rtol=0, atol=1e-5)
 
@@ -49,11 +49,13 @@ def test_the_kernel_equals_the_reference_and_reads_no_empty_tail():
         from ops.cuda import decode_attention
         for case in CASES:
             q, k, v, positions = inputs(*case)
-            truth = folded(reference.attention(q, k, v, positions, 0.2, case[6] or None), case[3])
+            sinks = torch.randn(case[2]) if case[6] else None
+            rows = None if sinks is None else sinks.view(case[3], -1, 1).expand(-1, -1, case[1]).reshape(case[3], -1)
+            truth = folded(reference.attention(q, k, v, positions, 0.2, case[6] or None, sinks), case[3])
             for b, last in enumerate(positions[:, -1].tolist()):
                 k[b, :, last + 1:], v[b, :, last + 1:] = float("nan"), float("nan")
             for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 1e-2)):
-                got = decode_attention(folded(q, case[3]).to(dtype), k.to(dtype), v.to(dtype), positions, 0.2, case[6])
+                got = decode_attention(folded(q, case[3]).to(dtype), k.to(dtype), v.to(dtype), positions, 0.2, case[6], rows)
                 torch.testing.assert_close(got.float(), truth, rtol=0, atol=bound)
         print("equal")
     """

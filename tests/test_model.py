@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, load, reference_model, run
 from torch._dynamo.utils import counters
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import device as machine
 import generate as g
 from loader import Checkpoint
+from model import Experts
 
-HYBRIDS = ["Qwen3.5", "Qwen3.5-MoE"]
-WINDOWED = ["Mistral, sliding", "Gemma 3"]
+WINDOWED = ["Mistral, sliding", "Gemma 3", "Gemma 4", "gpt-oss"]
 # Logits reach 5. The bound is loose for all but the hybrids, whose recurrence has ill-conditioned positions where
 # transformers differs as much from its own float64 (measured figures: README).
 BOUND = dict(rtol=0, atol=1e-3)
@@ -107,7 +108,7 @@ def test_after_a_reset_the_caches_hold_nothing(family):
 def test_bfloat16_is_no_further_from_float32_than_transformers(tmp_path):
     """Over families together: each alone would need more prompts than a test may take."""
     ratios = []
-    for name in ("Llama 3.2", "Gemma 3", "Qwen3", "Qwen3.5", "Mixtral"):
+    for name in ("Llama 3.2", "Gemma 3", "Qwen3", "Qwen3.5", "Mixtral", "Gemma 4 A4B", "gpt-oss"):
         theirs = reference_model(name)
         theirs.save_pretrained(tmp_path / name)
         half = type(theirs).from_pretrained(tmp_path / name, dtype=torch.bfloat16, attn_implementation="eager").eval()
@@ -144,7 +145,7 @@ def test_a_window_keeps_no_more_than_itself(tmp_path):
         assert allocated == model.cache_bytes(512)
 
 
-@pytest.mark.parametrize("name", ["Qwen3-MoE", "Mixtral", "Qwen3.5-MoE"])
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "Mixtral", "Qwen3.5-MoE", "Gemma 4 A4B", "gpt-oss"])
 def test_a_token_reads_only_its_experts(name, tmp_path):
     theirs = reference_model(name)
     theirs.save_pretrained(tmp_path)
@@ -152,22 +153,25 @@ def test_a_token_reads_only_its_experts(name, tmp_path):
     model.setup_caches(1, 256, 1)
     truth = run(model, ids)
     chosen: list[set] = []
-    for layer in model.layers:
-        layer.feed_forward.w2.register_forward_pre_hook(lambda _, arguments: chosen.append(set(arguments[1].tolist())))
+    mixtures = [module for module in model.modules() if isinstance(module, Experts)]
+    for mixture in mixtures:
+        mixture.w2.register_forward_pre_hook(lambda _, arguments: chosen.append(set(arguments[1].tolist())))
     run(model, ids[:, :29])
     chosen.clear()
     torch.testing.assert_close(run(model, ids, first=29), truth, rtol=0, atol=1e-4)
     counted = model.weight_bytes_per_token()
     experts, active = model.config.experts.n_experts, model.config.experts.n_active
     left_out = 0
-    for layer, used in zip(model.layers, chosen, strict=True):
+    for mixture, used in zip(mixtures, chosen, strict=True):
         assert len(used) == active
         for e in set(range(experts)) - used:  # what the token does not go through may hold anything
-            layer.feed_forward.w13.weight[e], layer.feed_forward.w2.weight[e] = float("nan"), float("nan")
-            left_out += layer.feed_forward.w13.weight[e].nbytes + layer.feed_forward.w2.weight[e].nbytes
+            for linear in (mixture.w13, mixture.w2):
+                linear.weight[e] = float("nan")
+                left_out += linear.weight[e].nbytes
     torch.testing.assert_close(run(model, ids, first=29), truth, rtol=0, atol=1e-4)
     table = model.tok_embeddings.weight
-    assert counted == sum(p.nbytes for p in model.parameters()) - left_out - table.nbytes + table[0].nbytes
+    untied = 0 if model.config.tie_embeddings else table.nbytes - table[0].nbytes
+    assert counted == sum(p.nbytes for p in model.parameters()) - left_out - untied
 
 
 # -- the layouts of the hub -------------------------------------------------------------------------------------------
@@ -223,6 +227,23 @@ def stacked_experts(folder, theirs, document, tensors):
         tensors[f"{name}.down_proj"] = parts["down"]
 
 
+def mxfp4(folder, theirs, document, tensors):
+    """gpt-oss as OpenAI ships it: experts in four bits, and keys of an older style."""
+    document["rope_scaling"] = document.pop("rope_parameters")
+    document["rope_theta"] = document["rope_scaling"].pop("rope_theta")
+    document |= dict(quantization_config={"quant_method": "mxfp4"}, initial_context_length=64, experts_per_token=3)
+    for i, layer in enumerate(theirs.model.layers):
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(layer.mlp.experts, name)  # [E, in, out]
+            E, inputs, outputs = weight.shape
+            blocks = torch.randint(256, (E, outputs, inputs // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(121, 125, (E, outputs, inputs // 32), dtype=torch.uint8)
+            weight.data = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+            key = f"model.layers.{i}.mlp.experts.{name}"
+            del tensors[key]
+            tensors |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
+
+
 LAYOUTS = [
     ("Llama 3.2", shards), ("Llama 3.2", old_rope_keys), ("Llama 3.2", tied_head_repeated), ("Gemma 3", old_rope_keys),
     ("Mistral", nested("language_model.model.", "Mistral3ForConditionalGeneration")),
@@ -230,7 +251,9 @@ LAYOUTS = [
     ("Gemma 3", nested("model.language_model.", "Gemma3ForConditionalGeneration")), ("Gemma 3", sparse_gemma),
     ("Qwen3.5", nested("model.language_model.", "Qwen3_5ForConditionalGeneration")), ("Qwen3.5", shards),
     ("Qwen3.5-MoE", nested("model.language_model.", "Qwen3_5MoeForConditionalGeneration")),
-    ("Qwen3.5-MoE", stacked_experts), ("Qwen3-MoE", stacked_experts), ("Mixtral", shards)]
+    ("Qwen3.5-MoE", stacked_experts), ("Qwen3-MoE", stacked_experts), ("Mixtral", shards),
+    ("Gemma 4", nested("model.language_model.", "Gemma4ForConditionalGeneration")),
+    ("Gemma 4 A4B", nested("model.language_model.", "Gemma4ForConditionalGeneration")), ("gpt-oss", mxfp4)]
 
 
 @pytest.mark.parametrize("name, change", LAYOUTS, ids=lambda x: getattr(x, "__name__", x))

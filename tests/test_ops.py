@@ -16,11 +16,12 @@ def test_attention_equals_its_reference(B, S, H, K, window, size, last):
         pytest.skip("such a call reads the old window beside its own keys: tests of the model")
     q, (k, v) = torch.randn(B, S, H, 32), torch.randn(2, B, K, size, 32)
     positions = torch.randint(max(last - S - 3, 0), last - S + 2, (B, 1)) + torch.arange(S)
-    truth = reference.attention(q, k, v, positions, 0.3, window)
-    got = ops.attention(q, k, v, ops.attended(positions, size, window), 0.3)
-    torch.testing.assert_close(got, truth, rtol=0, atol=1e-5)
-    on_device = ops.attention(q, k, v, ops.Attended(positions, window=window), 0.3)  # as a GPU decodes
-    torch.testing.assert_close(on_device, truth, rtol=0, atol=1e-5)
+    for sinks in (None, torch.randn(H)):
+        truth = reference.attention(q, k, v, positions, 0.3, window, sinks)
+        got = ops.attention(q, k, v, ops.attended(positions, size, window), 0.3, sinks)
+        torch.testing.assert_close(got, truth, rtol=0, atol=1e-5)
+        on_device = ops.attention(q, k, v, ops.Attended(positions, window=window), 0.3, sinks)  # as a GPU decodes
+        torch.testing.assert_close(on_device, truth, rtol=0, atol=1e-5)
 
 
 def test_attention_does_not_touch_the_empty_tail_of_the_cache():

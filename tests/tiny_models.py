@@ -20,6 +20,10 @@ HYBRID = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_
 GEMMA_ROPE = dict(full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
                   sliding_attention=dict(rope_type="default", rope_theta=1e4))
 
+GEMMA4 = dict(head_dim=16, global_head_dim=32, num_global_key_value_heads=1, attention_k_eq_v=True, sliding_window=16,
+              hidden_size_per_layer_input=0, final_logit_softcapping=3.0, tie_word_embeddings=True, num_hidden_layers=3,
+              layer_types=["sliding_attention", "sliding_attention", "full_attention"], rope_parameters=None)
+
 # name -> (config class, what differs from BASE)
 BASE = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=512, rope_parameters=PLAIN, tie_word_embeddings=False)
@@ -43,6 +47,13 @@ FAMILIES = {
     "Qwen3.5": (hf.Qwen3_5TextConfig, HYBRID),
     "Qwen3.5-MoE": (hf.Qwen3_5MoeTextConfig, dict(HYBRID, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
                                                   shared_expert_intermediate_size=48)),
+    "Gemma 4": (hf.Gemma4TextConfig, GEMMA4),
+    "Gemma 4, keys apart": (hf.Gemma4TextConfig, dict(GEMMA4, attention_k_eq_v=False)),
+    "Gemma 4 unified": (hf.Gemma4UnifiedTextConfig, GEMMA4),
+    "Gemma 4 A4B": (hf.Gemma4TextConfig, dict(GEMMA4, enable_moe_block=True, num_experts=8, top_k_experts=3,
+                                              moe_intermediate_size=32)),
+    "gpt-oss": (hf.GptOssConfig, dict(head_dim=32, num_local_experts=8, num_experts_per_tok=3, sliding_window=16,
+                                      rope_parameters=dict(YARN, rope_theta=150000.0, truncate=False))),
 }
 
 
@@ -52,12 +63,15 @@ def reference_model(name: str) -> torch.nn.Module:
     config = kind(**{**BASE, **values})
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     model.generation_config.eos_token_id = None  # random weights may say "stop" at any time
-    for name, p in model.named_parameters():
+    for name, p in (*model.named_parameters(), *model.named_buffers()):
         if name.endswith(("A_log", "dt_bias")):
             torch.nn.init.uniform_(p, -1, 1)
+        elif name.endswith("inv_freq") or "embed_scale" in name:
+            pass
         else:
-            around = float(name.endswith("norm.weight") and not type(model).__name__.startswith(("Gemma3", "Qwen3_5")))
-            torch.nn.init.normal_(p, mean=around if "linear_attn.norm" not in name else 1.0, std=0.15)
+            unit = name.endswith(("norm.weight", "norm_1.weight", "norm_2.weight", "layer_scalar", "scale"))
+            zero_centred = type(model).__name__.startswith(("Gemma3", "Qwen3_5")) and "linear_attn" not in name
+            torch.nn.init.normal_(p, mean=float(unit and not zero_centred), std=0.15)
     return model
 
 
