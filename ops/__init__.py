@@ -17,6 +17,15 @@ from torch import Tensor
 LIBRARY = torch.library.Library("readonce", "DEF")
 
 
+def processor_has(feature: str) -> bool:
+    """Whether the CPU has an instruction set; False where the torch at hand cannot tell."""
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(known.get(feature))
+
+
+AVX512 = processor_has("avx512_bw")  # a constant, as the compiler must see it
+
+
 def bind(device_type: str) -> None:
     """Import the fast twins of a device, which register themselves; without Triton the plain forms serve CUDA too."""
     if device_type == "cuda" and importlib.util.find_spec("triton"):
@@ -28,15 +37,15 @@ def bind(device_type: str) -> None:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] times weight [out, in] transposed -> [..., out].
 
-    For one row of bfloat16 on a CPU the vector goes to the right of the matrix: PyTorch then takes its matrix-vector
-    kernel, which streams a large weight about 1.4 times faster than the matrix-matrix one behind F.linear, but starts
-    20 us later: below a megabyte that is not worth it.
+    For one row of bfloat16 on a CPU with AVX-512 the vector goes to the right of the matrix: PyTorch then takes a
+    matrix-vector kernel, which streams a large weight about 1.4 times faster than the matrix-matrix one behind F.linear,
+    but starts 20 us later: below a megabyte that is not worth it. (Without AVX-512 it is six times slower.)
     """
     if x.device.type != "cpu" or weight.dtype == torch.float32:
         return F.linear(x, weight)
     if x.numel() != x.shape[-1]:
         return torch.ops.readonce.linear_rows(x, weight)
-    if weight.dtype == torch.bfloat16 and weight.nbytes >= 1 << 20:
+    if weight.dtype == torch.bfloat16 and weight.nbytes >= 1 << 20 and AVX512:
         return torch.mm(weight, x.reshape(-1, 1)).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
 
@@ -65,8 +74,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 def lacks_bfloat16() -> bool:
     """True on x86 processors with neither AVX512_BF16 nor AMX; False where the torch at hand cannot tell."""
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return known.get("architecture") == "x86_64" and not (known.get("avx512_bf16") or known.get("amx_bf16"))
+    return processor_has("sse2") and not (processor_has("avx512_bf16") or processor_has("amx_bf16"))
 
 
 # -- experts ----------------------------------------------------------------------------------------------------------

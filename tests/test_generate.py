@@ -7,8 +7,10 @@ import sys
 import time
 
 import pytest
+import tiny_models
 import torch
 from conftest import DEMO, ROOT
+from torch._dynamo.utils import counters
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import device
@@ -46,7 +48,6 @@ def test_one_graph_serves_every_length_and_gives_the_eager_tokens(dtype, folder,
     """Prompts of 1..300 tokens, in chunks, through compiled prefill and decode: only the first two compile."""
     monkeypatch.setattr(g, "PREFILL_CHUNK", 128)
     torch._dynamo.reset()
-    from torch._dynamo.utils import counters
     counters.clear()
     model, _ = g.load_model(folder.write(), "cpu", dtype)
     model.setup_caches(1, 512)
@@ -67,6 +68,36 @@ def test_one_graph_serves_every_length_and_gives_the_eager_tokens(dtype, folder,
     for other in (g.Sampling(0.3, 20, 0.5), g.Sampling(2.0, 20, 0.99)):  # numbers that change freely
         check(ids[:50], 40, other, 5)
     assert counters["stats"]["unique_graphs"] == 3
+
+
+@pytest.mark.parametrize("name, prefills", [("Gemma 3", 2), ("gpt-oss", 2), ("Qwen3.5", 4), ("Qwen3-MoE", 2)])
+def test_prompts_of_every_family_meet_few_graphs(name, prefills, tmp_path, monkeypatch):
+    """One for a single token, one for more; where a recurrence is unrolled, one for each power of two of its blocks."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(g, "PREFILL_CHUNK", 256)
+    tiny_models.reference_model(name).save_pretrained(tmp_path)
+    model = tiny_models.load(tmp_path)
+    object.__setattr__(model.config, "max_seq_len", 1024)
+    model.setup_caches(1, 1024)
+    device.configure_compiler(model.device)
+    steps = g.Steps(torch.compile(g.prefill, fullgraph=True, dynamic=True, backend="eager"),  # traced, not built: seconds
+                    torch.compile(g.decode, fullgraph=True, backend="eager"))
+    ids = torch.randint(128, (1000,)).tolist()
+    for length in (500, 2, 1, 63, 65, 200, 513, 1000):
+        got = list(g.generate(model, ids[:length], 3, GREEDY, steps=steps))
+        assert got == list(g.generate(model, ids[:length], 3, GREEDY))
+    assert counters["stats"]["unique_graphs"] <= prefills + 1  # and one to decode
+
+
+def test_a_prompt_in_blocks_is_whole_and_in_order():
+    for block in (0, 64):
+        for start, end in ((0, 1), (0, 63), (0, 64), (5, 700), (0, 1500)):
+            cuts = list(g.chunks(start, end, block))
+            assert [p for c in cuts for p in range(c.start, c.stop)] == list(range(start, end))
+            sizes = [c.stop - c.start for c in cuts]
+            assert max(sizes) <= g.PREFILL_CHUNK and sum(size % 64 > 0 for size in sizes) <= 1
+            assert not block or all(size < 64 or size & (size - 1) == 0 for size in sizes)
 
 
 def test_compiled_greedy_decoding_of_the_demo_is_the_eager_one():

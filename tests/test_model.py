@@ -106,23 +106,20 @@ def test_after_a_reset_the_caches_hold_nothing(family):
 
 
 def test_bfloat16_is_no_further_from_float32_than_transformers(tmp_path):
-    """Over families together: each alone would need more prompts than a test may take."""
+    """By the median prompt: where rounding sends a token to other experts, the error of either is any size."""
     ratios = []
     for name in ("Llama 3.2", "Gemma 3", "Qwen3", "Qwen3.5", "Mixtral", "Gemma 4 A4B", "gpt-oss"):
         theirs = reference_model(name)
         theirs.save_pretrained(tmp_path / name)
         half = type(theirs).from_pretrained(tmp_path / name, dtype=torch.bfloat16, attn_implementation="eager").eval()
         model = load(tmp_path / name, torch.bfloat16)
-        errors = {"ours": [], "theirs": []}
-        for _ in range(20):
-            ids = torch.randint(128, (1, 60))
-            truth = logits_of(theirs, ids)[:, -1]
-            errors["theirs"].append(logits_of(half, ids)[:, -1].float() - truth)
-            errors["ours"].append(run(model, ids).float() - truth)
-        rms = {who: torch.cat(e).square().mean().sqrt().item() for who, e in errors.items()}
-        ratios.append(rms["ours"] / rms["theirs"])
-    assert torch.tensor(ratios).log().mean().exp() <= 1, ratios
-    assert max(ratios) <= 1.3, ratios  # the noise of 20 prompts
+        model.setup_caches(200, 64)
+        ids = torch.randint(128, (200, 60))
+        truth = logits_of(theirs, ids)[:, -1]
+        ours, others = ((logits.float() - truth).square().mean(-1).sqrt().median().item()
+                        for logits in (run(model, ids), logits_of(half, ids)[:, -1]))
+        ratios.append(ours / others)
+    assert max(ratios) <= 1, ratios
 
 
 def test_a_batch_row_is_the_row_alone(family):
