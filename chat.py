@@ -1,9 +1,11 @@
 """A chat at the terminal: turns become one growing text, of which only what is new is read by the model.
 
-Replies stay in the text as the tokens that were generated. Where the next prompt begins like the last one and its reply,
-their keys, values and states are in the caches already; a template that rewrites earlier turns (and drops what the model
-thought, say) shortens that beginning. Without a template each input continues a plain text on a new line.
+Replies stay in the text as the tokens that were generated. Where the next prompt begins like the last one and its
+reply, their keys, values and states are in the caches already; a template that rewrites earlier turns (and drops what
+the model thought, say) shortens that beginning. Without a template each input continues a plain text on a new line.
 """
+import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 
@@ -46,7 +48,8 @@ class Conversation:
         self.text, self.ids = text + reply.text, ids + tokens
 
     def drop_oldest(self) -> bool:
-        """Forget the oldest turn and its reply (without a template, the first half of the text); False if none is left."""
+        """Forget the oldest turn and its reply (without a template, the first half of the text); False if none is left.
+        """
         if not self.messages:
             return False
         self.messages = self.messages[2:]
@@ -55,7 +58,9 @@ class Conversation:
 
 
 def setup(model: Transformer) -> None:
-    """Caches for a chat."""
+    """Caches for a chat, and line editing where the terminal can have it."""
+    if importlib.util.find_spec("readline"):
+        importlib.import_module("readline")  # `input` makes use of it once it is there
     length = min(CACHE_LENGTH, model.config.max_seq_len)
     machine.require_memory(model.cache_bytes(length), model.device)
     model.setup_caches(1, length, REWIND)

@@ -132,11 +132,14 @@ HARMLESS = re.compile("|".join((
     ".*dropout.*", "initializer_.*", "pretraining_tp", "gradient_checkpointing", "router_aux_loss_coef",
     "router_jitter_noise", "mamba_ssm_dtype",
     # about other uses of the model, and what transformers hands back
-    "id2label", "label2id", "num_labels", "problem_type", "is_decoder", "is_encoder_decoder", "use_cache", "return_dict",
-    "output_.*", "chunk_size_feed_forward", "cache_implementation", "attn_implementation", "tokenizer_class",
+    "id2label", "label2id", "num_labels", "problem_type", "is_decoder", "is_encoder_decoder", "use_cache",
+    "return_dict", "output_.*", "chunk_size_feed_forward", "cache_implementation", "attn_implementation",
+    "tokenizer_class", "temperature", "top_k", "top_p", "do_sample", "max_length", "repetition_penalty",
+    # counted only beside use_sliding_window, by the families that have it
+    "max_window_layers",
     # special tokens (their ids are read with the tokenizer), and towers whose tensors are skipped
-    ".*_token", ".*_token_ids?", ".*_token_index", "mm_tokens_per_image", "vision_.*", "image_.*", "video_.*", "audio_.*",
-    "multimodal_.*", "projector_.*", "spatial_merge_size", "mtp_.*", "language_model_only")))
+    ".*_token", ".*_token_ids?", ".*_token_index", "mm_tokens_per_image", "vision_.*", "image_.*", "video_.*",
+    "audio_.*", "multimodal_.*", "projector_.*", "spatial_merge_size", "mtp_.*", "language_model_only")))
 LAYER_TYPES = {"full_attention": "full", "sliding_attention": "sliding", "linear_attention": "linear"}
 
 

@@ -151,7 +151,8 @@ def qwen3_5(source: Source, **fields: Any) -> ModelConfig:
     source.require("attn_output_gate", True)
     mixers: dict[str, Any] = attention(source, layers, partial=0.25, head_dim=256, qk_norm=True, gated=True)
     mixers["linear"] = DeltaNetConfig(
-        n_k_heads=source.read("linear_num_key_heads", int, 16), n_v_heads=source.read("linear_num_value_heads", int, 32),
+        n_k_heads=source.read("linear_num_key_heads", int, 16),
+        n_v_heads=source.read("linear_num_value_heads", int, 32),
         k_dim=source.read("linear_key_head_dim", int, 128), v_dim=source.read("linear_value_head_dim", int, 128),
         conv_kernel=source.read("linear_conv_kernel_dim", int, 4))
     return decoder(source, layers, mixers, norm_offset=1.0, **fields)
@@ -161,7 +162,8 @@ def qwen3_5_moe(source: Source) -> ModelConfig:
     """Qwen3.5-35B-A3B and its kin."""
     experts = ExpertsConfig(
         source.read("num_experts", int, 256), source.read("num_experts_per_tok", int, 8),
-        source.read("moe_intermediate_size", int, 512), shared_dim=source.read("shared_expert_intermediate_size", int, 512))
+        source.read("moe_intermediate_size", int, 512),
+        shared_dim=source.read("shared_expert_intermediate_size", int, 512))
     return qwen3_5(source, experts=experts, ffn_dim=experts.ffn_dim)
 
 
@@ -174,14 +176,15 @@ def gemma4(source: Source) -> ModelConfig:
         "sliding_attention": {"rope_theta": 1e4}, "full_attention": {
             "rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}})
     source.asked.add("vocab_size_per_layer_input")
-    for key, allowed in (("hidden_size_per_layer_input", 0), ("num_kv_shared_layers", 0), ("use_double_wide_mlp", False)):
-        source.require(key, allowed)
+    source.require("hidden_size_per_layer_input", 0)
+    source.require("num_kv_shared_layers", 0)
+    source.require("use_double_wide_mlp", False)
     if source.read("use_bidirectional_attention", str, "vision") != "vision":
         source.require("use_bidirectional_attention", None)
     layers = read_layers(source, lambda i: "sliding" if (i + 1) % 6 else "full")
     layers = (*layers[:-1], "full")
     mixers = attention(source, layers, theta={"sliding": 1e4, "full": 1e6}, qk_norm=True, v_norm=True, scale=1.0)
-    own = next(iter(source.read("per_layer_config", dict, {}).values()), {})  # transformers 5; the same for all full layers
+    own = next(iter(source.read("per_layer_config", dict, {}).values()), {})  # transformers 5; full layers, all alike
     shared = source.read("attention_k_eq_v", bool, False)
     heads = source.read("num_global_key_value_heads", int, 0) if shared else 0
     mixers["full"] = replace(

@@ -83,9 +83,10 @@ def generate(model: Transformer, prompt: Sequence[int], max_new_tokens: int = 20
              cached: int = 0) -> Iterator[int]:
     """Yield the ids that continue `prompt`, a stop id included, at most `max_new_tokens`.
 
-    The first `cached` tokens of the prompt are in the model's caches already, from a call that began like this one; at
-    least one must not be. `model.rewind` tells whether what came after them there can be given up. `seed` sets torch's default generator, from which tokens are drawn. Caches grow when a longer text is asked for,
-    which costs a compilation; `model.setup_caches(1, longest)` beforehand avoids it.
+    `seed` sets torch's default generator, from which tokens are drawn. Caches grow when a longer text is asked for,
+    which costs a compilation; `model.setup_caches(1, longest)` beforehand avoids it. The first `cached` tokens of the
+    prompt are in the caches already, from a call that began like this one; at least one must not be, and `model.rewind`
+    tells whether what came after them there can be given up.
     Raises UserError for an empty prompt, ids outside the vocabulary, texts over the model's context, and when the
     weights give logits that are not finite.
     """
@@ -143,8 +144,8 @@ def _tokens(model, prompt, max_new_tokens, sampling, seed, steps, cached) -> Ite
 
 
 def chunks(start: int, end: int, block: int) -> Iterator[slice]:
-    """Cut a prompt into prefill calls: PREFILL_CHUNK tokens each and the rest; with a `block`, the rest into powers of two
-    times that, so that a compiled prefill meets few sizes, and a last one below it."""
+    """Cut a prompt into prefill calls: PREFILL_CHUNK tokens each and the rest; with a `block`, the rest into powers of
+    two times that, so that a compiled prefill meets few sizes, and a last one below it."""
     while start < end:
         size = min(end - start, PREFILL_CHUNK)
         if block and block <= size < PREFILL_CHUNK:

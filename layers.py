@@ -77,8 +77,8 @@ def rope_frequencies(rope: Rope) -> Tensor:
 
     linear is Chen et al. 2023 (arXiv 2306.15595); llama3 the rule of Llama 3.1 (github.com/meta-llama/llama-models):
     long wavelengths are slowed by `factor`, short ones kept, those between blended; yarn does so by a ramp over the
-    pairs (Peng et al. 2023, arXiv 2309.00071); proportional is Gemma 4's: the first pairs of the head turn, at the speed
-    they would have if all did.
+    pairs (Peng et al. 2023, arXiv 2309.00071); proportional is Gemma 4's: the first pairs of the head turn, at the
+    speed they would have if all did.
     """
     pairs = torch.arange(0, rope.dim, 2, dtype=torch.float32, device="cpu")
     frequencies = rope.theta ** (-pairs / rope.dim)

@@ -1,4 +1,4 @@
-"""Gated DeltaNet: attention with a state of fixed size instead of a cache that grows (Yang et al. 2024, arXiv 2412.06464).
+"""Gated DeltaNet: attention with a state of fixed size, not a cache that grows (Yang et al. 2024, arXiv 2412.06464).
 
 Per head a matrix S [K, V] maps keys to values. Each token lets it fade, looks up its own key, and writes the difference
 to its own value:  S <- exp(g) S;  d = beta (v - k S);  S <- S + k^T d;  o = q S.
@@ -20,12 +20,13 @@ CHUNK = 64  # tokens solved at once; a prompt is best cut at multiples of it
 class RecurrentState(nn.Module):
     """What a layer remembers: the inputs of its convolution for the last positions, and the state after each of them.
 
-    Kept by position, like keys and values: the state after t tokens lives in slot t % R, the input at position p in slot
-    p % (kernel - 1 + rewind). So a call may start up to `rewind` positions before the end of the last one, row by row,
-    with nothing to undo; and at position 0 it starts from zero.
+    Kept by position, like keys and values: the state after t tokens lives in slot t % R, the input at position p in
+    slot p % (kernel - 1 + rewind). So a call may start up to `rewind` positions before the end of the last one, row by
+    row, with nothing to undo; and at position 0 it starts from zero.
     """
 
-    def __init__(self, config: DeltaNetConfig, batch: int, rewind: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: DeltaNetConfig, batch: int, rewind: int, dtype: torch.dtype,
+                 device: torch.device) -> None:
         super().__init__()
         self.rewindable = rewind
         conv = torch.zeros(batch, config.conv_kernel - 1 + rewind, conv_width(config), dtype=dtype, device=device)

@@ -17,8 +17,8 @@ import device as machine
 from config import read_json
 from errors import UserError
 
-# Our parameter -> the tensors of the file that make it up, stacked along their leading dimensions. Files differ: the first
-# line whose tensors are all there counts. {e} runs over the experts.
+# Our parameter -> the tensors of the file that make it up, stacked along their leading dimensions. Files differ: the
+# first line whose tensors are all there counts. {e} runs over the experts.
 NAMES: dict[str, list[list[str]]] = {
     r"tok_embeddings.weight": [["model.embed_tokens.weight"]],
     r"output.weight": [["lm_head.weight"]],
@@ -70,12 +70,13 @@ BLOCK_NAMES: dict[str, list[list[str]]] = {  # behind layers.N. on both sides
     "feed_forward.experts.w13.weight": [["experts.gate_up_proj"]],
     "feed_forward.experts.w2.weight": [["experts.down_proj"]],
 }
-# The text half of a model that also sees or hears stands under one of these; its other halves, the heads that draft further
-# tokens, and tables that are recomputed from the config are not read.
+# The text half of a model that also sees or hears stands under one of these; its other halves, the heads that draft
+# further tokens, and tables that are recomputed from the config are not read.
 PREFIX = re.compile(r"(model\.language_model\.|language_model\.model\.|language_model\.(?=lm_head\.))")
-SKIPPED = re.compile(r"(model\.)?(visual|vision_tower|vision_model|vision_embedder|audio_tower|audio_model|embed_vision|embed_audio|"
-                     r"multi_modal_projector|mtp)\..*|.*\.rotary_emb\.inv_freq")
+SKIPPED = re.compile(r"(model\.)?(visual|vision_tower|vision_model|vision_embedder|audio_tower|audio_model|"
+                     r"embed_vision|embed_audio|multi_modal_projector|mtp)\..*|.*\.rotary_emb\.inv_freq")
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+RESIDENT = 16 << 20  # bytes of a file that may stay mapped while reading
 MXFP4 = re.compile(r".*_(blocks|scales)")  # two numbers to a byte, and their exponents
 
 # What a run reads of a hub repository; everything else stays there.
@@ -142,6 +143,8 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors: dict[str, Stored] = {}
+        self.held: tuple[Path, safe_open] | None = None  # the file being read
+        self.resident = 0  # bytes read since it was opened
         listed = self.shards()
         for path, names in listed.items():
             with self.open(path) as file:
@@ -156,8 +159,9 @@ class Checkpoint:
     def add(self, path: Path, name: str, part) -> None:
         if part.get_dtype() not in STORED and not (part.get_dtype() == "U8" and MXFP4.fullmatch(name)):
             raise UserError(f"{path.name}: {name} has dtype {part.get_dtype()}; supported: {', '.join(STORED)}")
-        prefix = PREFIX.match(name)
-        plain = ("" if name[prefix.end():].startswith("lm_head.") else "model.") + name[prefix.end():] if prefix else name
+        plain = PREFIX.sub("", name)
+        if plain != name and not plain.startswith("lm_head."):
+            plain = f"model.{plain}"
         self.tensors[plain] = Stored(path, name, tuple(part.get_shape()))
 
     def shards(self) -> dict[Path, list[str] | None]:
@@ -190,20 +194,24 @@ class Checkpoint:
         except (SafetensorError, OSError) as e:
             raise UserError(f"{path} is damaged or no safetensors file ({e}); download it again") from None
 
-    def copy(self, name: str, target: torch.Tensor) -> None:
-        """Read one tensor into `target`, of as many numbers in the same order.
+    def file_of(self, stored: Stored, size: int) -> safe_open:
+        """The tensor's file, to read `size` bytes of it. Every page read stays resident until the map is closed, and
+        opening means parsing a header of thousands of names: so it is opened anew now and then."""
+        if self.held is None or self.held[0] != stored.path or self.resident + size > RESIDENT:
+            self.held = None  # closed before the next is opened
+            self.held, self.resident = (stored.path, self.open(stored.path)), 0
+        self.resident += size
+        return self.held[1]
 
-        The map is closed again, or every page read so far would stay resident.
-        """
+    def copy(self, name: str, target: torch.Tensor) -> None:
+        """Read one tensor into `target`, of as many numbers in the same order."""
         stored = self.tensors[name]
-        with self.open(stored.path) as file:
-            target.copy_(file.get_tensor(stored.name).view_as(target))
+        target.copy_(self.file_of(stored, target.nbytes).get_tensor(stored.name).view_as(target))
 
     def part(self, name: str, i: int) -> torch.Tensor:
         """The i-th of the tensor's leading dimension."""
         stored = self.tensors[name]
-        with self.open(stored.path) as file:
-            return file.get_slice(stored.name)[i]
+        return self.file_of(stored, 4 * math.prod(stored.shape[1:])).get_slice(stored.name)[i]
 
     def sources(self, parameter: str, experts: int) -> list[str]:
         """The tensors that make up one of our parameters; those of the table's first line if none are there."""
@@ -250,20 +258,21 @@ def plan(model: nn.Module, checkpoint: Checkpoint) -> dict[str, list[str]]:
 # -- gpt-oss ----------------------------------------------------------------------------------------------------------
 
 def turned(model: nn.Module, parameter: str) -> bool:
-    """Whether the file holds the experts as gpt-oss has them: [in, out], or packed, rows of gate and up taking turns."""
+    """Whether the file holds the experts as gpt-oss has them: [in, out] or packed, rows of gate and up taking turns."""
     return bool(model.config.experts and model.config.experts.bias and re.search(r"\.w(13|2)\.", parameter))
 
 
 def check_turned(parts: list[Stored], p: torch.Tensor) -> None:
     E, *rest = p.shape
-    wanted = [(E, *reversed(rest))] if len(parts) == 1 else [(E, *rest[:-1], rest[-1] // 32, 16), (E, *rest[:-1], rest[-1] // 32)]
+    packed = (E, rest[0], rest[-1] // 32)
+    wanted = [(E, *reversed(rest))] if len(parts) == 1 else [(*packed, 16), packed]
     for part, shape in zip(parts, wanted, strict=True):
         if part.shape != shape:
             raise UserError(f"{part.path}: {part.name} has shape {list(part.shape)}; config.json wants {list(shape)}")
 
 
 def read_turned(checkpoint: Checkpoint, names: list[str], target: torch.Tensor) -> None:
-    """Fill target [E, out, in] or [E, out], an expert at a time; gate and up, if such they are, one behind the other."""
+    """Fill target [E, out, in] or [E, out], an expert at a time; rows of gate and up, where they are, in two halves."""
     for e in range(len(target)):
         parts = [checkpoint.part(name, e) for name in names]
         part = widen_mxfp4(*parts) if len(parts) == 2 else parts[0].mT if parts[0].dim() == 2 else parts[0]
@@ -313,6 +322,7 @@ def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: to
             rows, _ = checkpoint.tensors[name].rows
             checkpoint.copy(name, matrix[row:row + rows])
             row += rows
+    checkpoint.held = None
 
 
 def random_weights(model: nn.Module, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
@@ -326,7 +336,8 @@ def random_weights(model: nn.Module, device: torch.device, dtype: torch.dtype, s
     offset = 0
     for name, tensor in materialize(model, device, dtype):
         if tensor.dim() == 1:  # norms multiply by one, biases add nothing
-            tensor.fill_(0.0 if "bias" in name else 1.0 - getattr(model.get_submodule(name.rpartition(".")[0]), "offset", 0))
+            owner = model.get_submodule(name.rpartition(".")[0])
+            tensor.fill_(0.0 if "bias" in name else 1.0 - getattr(owner, "offset", 0.0))
             continue
         flat = tensor.view(-1)
         for start in range(0, len(flat), len(pool)):

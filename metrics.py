@@ -34,7 +34,8 @@ def measure(model: Transformer, prompt: list[int], tokens: list[int], text: str,
     moved = model.weight_bytes_per_token() + model.cache_bytes(attended)
     return Sample(
         prompt_tokens=prompt, tokens=tokens, text=text, stop=stop, ttft_s=ttft,
-        prefill_tok_s=(len(prompt) - cached) / ttft if ttft else None, decode_tok_s=1 / per_token if per_token else None,
+        prefill_tok_s=(len(prompt) - cached) / ttft if ttft else None,
+        decode_tok_s=1 / per_token if per_token else None,
         ms_per_token=per_token * 1e3 if per_token else None, bytes_per_token=moved,
         gb_s=moved / per_token / 1e9 if per_token else None)
 

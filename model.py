@@ -39,7 +39,7 @@ class KVCache(nn.Module):
         self.register_buffer("rows", torch.arange(batch, device=device)[:, None], persistent=False)
 
     def attended(self, positions: Tensor) -> ops.Attended:
-        """What a call at positions [B, S] looks at: the slots once it has written, or the old ones beside the new keys."""
+        """What a call at positions [B, S] looks at: the slots once it has written, or old ones beside the new keys."""
         if self.window is None or positions.shape[1] <= self.size - self.window + 1:
             return ops.attended(positions, self.size, self.window)
         return ops.attended_beside(positions, self.size, self.window)
@@ -54,7 +54,7 @@ class KVCache(nn.Module):
         return self.shift(self.k, where, k), self.shift(self.v, where, v)
 
     def shift(self, buffer: Tensor, where: ops.Attended, new: Tensor) -> Tensor:
-        """The old window in order and `new` behind it, [B, K, W - 1 + S, E]; what `buffer` holds becomes the end of that."""
+        """The old window in order and `new` behind it, [B, K, W - 1 + S, E]; the end of that becomes the buffer's."""
         seen = torch.cat([buffer[self.rows, :, where.beside], new], 1)  # [B, W - 1 + S, K, E]
         slots = torch.arange(self.size, device=buffer.device)
         held = ops.slot_positions(where.positions[:, -1:], slots, self.size)  # [B, L]
@@ -152,7 +152,7 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """Mixture of experts: a router picks A of them for each token and weighs what they say (Shazeer 2017, 1701.06538)."""
+    """A router picks A experts for each token and weighs what they say (Shazeer et al. 2017, arXiv 1701.06538)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Text to token ids and back: `tokenizer.json` (the tokenizers library) or `tokenizer.model` (sentencepiece).
 
 `Stream` turns ids into text as they come, without broken characters or lost spaces. A tokenizer's `stop_ids` are the
-union of every place where a checkpoint names the tokens that end a text; its `template` turns turns of a chat into text.
+union of every place where a checkpoint names the tokens that end a text; its `template` makes a text of a chat.
 """
 import json
 import re
@@ -28,7 +28,7 @@ class JsonTokenizer:
             raise UserError(f"{path} is not a tokenizer ({str(e).splitlines()[0]}); download it again") from None
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
-        """Special tokens in the text count as such; `begin`: what the tokenizer sets before and behind a text as well."""
+        """Special tokens in the text count as such; `begin`: with what the tokenizer sets before and behind a text."""
         return self.library.encode(text, add_special_tokens=begin).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -106,7 +106,8 @@ def find_stop_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     """Ids that end a text: eos of generation_config.json, config.json (and its text_config), tokenizer_config.json."""
     config, found = optional_json(folder / "config.json"), set()
     nested = config.get("text_config")
-    for document in (optional_json(folder / "generation_config.json"), config, nested if isinstance(nested, dict) else {}):
+    nested = nested if isinstance(nested, dict) else {}
+    for document in (optional_json(folder / "generation_config.json"), config, nested):
         eos = document.get("eos_token_id")
         found.update(i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int))
     token = special_tokens(folder).get("eos_token")

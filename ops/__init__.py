@@ -38,8 +38,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] times weight [out, in] transposed -> [..., out].
 
     For one row of bfloat16 on a CPU with AVX-512 the vector goes to the right of the matrix: PyTorch then takes a
-    matrix-vector kernel, which streams a large weight about 1.4 times faster than the matrix-matrix one behind F.linear,
-    but starts 20 us later: below a megabyte that is not worth it. (Without AVX-512 it is six times slower.)
+    matrix-vector kernel, which streams a large weight about 1.4 times faster than the matrix-matrix one behind
+    F.linear, but starts 20 us later: below a megabyte that is not worth it. (Without AVX-512 it is six times slower.)
     """
     if x.device.type != "cpu" or weight.dtype == torch.float32:
         return F.linear(x, weight)
@@ -157,7 +157,7 @@ def attended(positions: Tensor, size: int, window: int | None = None) -> Attende
 
 
 def attended_beside(positions: Tensor, size: int, window: int) -> Attended:
-    """For a prompt whose keys would overwrite what its first queries still look at: the old window, then the new keys."""
+    """For a prompt whose keys would overwrite what its first queries look at: the old window, then the new keys."""
     old = positions[:, :1] - torch.arange(window - 1, 0, -1, device=positions.device)  # [B, window - 1]
     mask = visible(torch.cat([old, positions], 1), positions, window)
     return Attended(positions, window - 1 + positions.shape[1], mask[:, None, None], beside=old % size)
@@ -200,8 +200,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
     return scores.softmax(-1)[..., :-1].to(v.dtype) @ v
 
 
-LIBRARY.define("decode_attention(Tensor q, Tensor k, Tensor v, Tensor positions, float scale, int window, Tensor? sinks)"
-               " -> Tensor")
+LIBRARY.define("decode_attention(Tensor q, Tensor k, Tensor v, Tensor positions, float scale, int window, "
+               "Tensor? sinks) -> Tensor")
 
 
 @torch.library.impl(LIBRARY, "decode_attention", "CompositeExplicitAutograd")

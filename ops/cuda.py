@@ -19,9 +19,9 @@ def attend_split(q, k, v, positions, partial, largest, total, scale, window, siz
                  S: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
     """One split of one kv head's filled positions, by online softmax (Dao et al. 2022, arXiv 2205.14135).
 
-    q [B, K, rows, E] and positions [B, S] are dense, caches have strides; row r belongs to token r % S; position p lives
-    in slot p % size. Writes the unnormalised sum partial [B, K, SPLITS, rows, E], the row maximum and the row sum of
-    exponentials.
+    q [B, K, rows, E] and positions [B, S] are dense, caches have strides; row r belongs to token r % S; position p
+    lives in slot p % size. Writes the unnormalised sum partial [B, K, SPLITS, rows, E], the row maximum and the row sum
+    of exponentials.
     """
     head, split = tl.program_id(0), tl.program_id(1)
     b = head // kv_heads
@@ -43,7 +43,8 @@ def attend_split(q, k, v, positions, partial, largest, total, scale, window, siz
         address = base + at[:, None].to(tl.int64) * E + col[None, :]
         keys = tl.load(k + address, mask=inside, other=0.0)  # [BLOCK, E]
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-        seen = (at < filled)[None, :] & (held[None, :] <= position[:, None]) & (held[None, :] > position[:, None] - window)
+        seen = (held[None, :] <= position[:, None]) & (held[None, :] > position[:, None] - window)
+        seen = seen & (at < filled)[None, :]
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(m, tl.max(scores, 1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)  # a row that sees nothing of this block

@@ -7,9 +7,9 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, sc
               window: int | None = None, sinks: Tensor | None = None) -> Tensor:
     """Causal attention of queries [B, S, H, E] at `positions` [B, S] over caches [B, K, L, E] -> [B, S, H, E].
 
-    Slot s holds the last position of s, s + L, s + 2 L ... that is not after positions[:, -1]; a query looks at those up
-    to its own and, with a window, at that many. Scores are scaled by E ** -0.5 or `scale` (Vaswani et al. 2017); the
-    score sinks[h] belongs to no value.
+    Slot s holds the last position of s, s + L, s + 2 L ... that is not after positions[:, -1]; a query looks at those
+    up to its own and, with a window, at that many. Scores are scaled by E ** -0.5 or `scale` (Vaswani et al. 2017);
+    the score sinks[h] belongs to no value.
     """
     B, S, H, E = q.shape
     K, L = k_cache.shape[1:3]

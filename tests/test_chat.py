@@ -54,8 +54,8 @@ TEMPLATES = {
     "Mistral": """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{
         '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{% generation %}{{
         message['content'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""}
-MESSAGES = [{"role": "user", "content": " def f(x):\n  <b>&é "}, {"role": "assistant", "content": "<think>hm</think>\n\nyes "},
-            {"role": "user", "content": "and <s> now?"}]
+MESSAGES = [{"role": "user", "content": " def f(x):\n  <b>&é "},
+            {"role": "assistant", "content": "<think>hm</think>\n\nyes "}, {"role": "user", "content": "and <s> now?"}]
 PLAIN = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</s>' }}{% endfor %}<assistant>"
 
 
@@ -87,7 +87,8 @@ def test_both_files_of_a_tokenizer_read_a_rendered_chat_alike(tmp_path):
     assert 2 not in tokenizer.encode("x</s>y")[1:] or tokenizer.token_id("</s>") == 2
 
 
-@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json", "several", "chat_template.json", None])
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json", "several", "chat_template.json",
+                                   None])
 def test_a_template_is_found_wherever_it_is_kept(place, tmp_path):
     folder_with(tmp_path, PLAIN if place == "chat_template.jinja" else None)
     config = tmp_path / "tokenizer_config.json"
@@ -104,7 +105,7 @@ def test_a_template_is_found_wherever_it_is_kept(place, tmp_path):
 
 
 @pytest.mark.parametrize("template, words", [
-    ("{% for %}", "not valid"), ("{{ raise_exception('system turns are not allowed') }}", "system turns are not allowed"),
+    ("{% for %}", "not valid"), ("{{ raise_exception('no system turns here') }}", "no system turns here"),
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails"), ("{{ messages.append(1) }}", "fails"),
     ("{{ messages[9].content.x }}", "fails"), ("{{ 1 / 0 }}", "fails"), ("{{ 'a' + 1 }}", "fails")])
 def test_a_bad_template_is_one_clear_line_and_cannot_leave_its_box(template, words, tmp_path, command, monkeypatch):
@@ -163,14 +164,15 @@ class Talk:
         sample = g.run_sample(self.model, self.tokenizer, ids, write, echo=False, max_new_tokens=room, cached=cached,
                               sampling=g.Sampling(temperature=0))
         expected = list(g.generate(self.fresh, ids, room, g.Sampling(temperature=0), self.tokenizer.stop_ids))
-        assert sample.tokens == expected[:len(sample.tokens)] and (sample.stop == "interrupt" or sample.tokens == expected)
+        assert sample.tokens == (expected[:len(sample.tokens)] if sample.stop == "interrupt" else expected)
         self.prompts.append(ids)
         self.cached.append(cached)
         return sample
 
     def run(self, max_new_tokens: int = 12) -> "Talk":
         chat.setup(self.model)
-        chat.interact(self.model, chat.Conversation(self.tokenizer), self.reply, max_new_tokens, self.ask, self.said.append)
+        conversation = chat.Conversation(self.tokenizer)
+        chat.interact(self.model, conversation, self.reply, max_new_tokens, self.ask, self.said.append)
         return self
 
 

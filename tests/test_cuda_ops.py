@@ -55,7 +55,8 @@ def test_the_kernel_equals_the_reference_and_reads_no_empty_tail():
             for b, last in enumerate(positions[:, -1].tolist()):
                 k[b, :, last + 1:], v[b, :, last + 1:] = float("nan"), float("nan")
             for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 1e-2)):
-                got = decode_attention(folded(q, case[3]).to(dtype), k.to(dtype), v.to(dtype), positions, 0.2, case[6], rows)
+                inside = (t.to(dtype) for t in (folded(q, case[3]), k, v))
+                got = decode_attention(*inside, positions, 0.2, case[6], rows)
                 torch.testing.assert_close(got.float(), truth, rtol=0, atol=bound)
         print("equal")
     """

@@ -81,7 +81,7 @@ def test_prompts_of_every_family_meet_few_graphs(name, prefills, tmp_path, monke
     object.__setattr__(model.config, "max_seq_len", 1024)
     model.setup_caches(1, 1024)
     device.configure_compiler(model.device)
-    steps = g.Steps(torch.compile(g.prefill, fullgraph=True, dynamic=True, backend="eager"),  # traced, not built: seconds
+    steps = g.Steps(torch.compile(g.prefill, fullgraph=True, dynamic=True, backend="eager"),  # traced, not built
                     torch.compile(g.decode, fullgraph=True, backend="eager"))
     ids = torch.randint(128, (1000,)).tolist()
     for length in (500, 2, 1, 63, 65, 200, 513, 1000):

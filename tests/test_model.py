@@ -1,4 +1,4 @@
-"""Every family computes what transformers computes, however a text is cut into calls, on caches an earlier text dirtied."""
+"""Every family computes what transformers computes, however a text is cut into calls, on caches that are not clean."""
 import json
 
 import pytest
@@ -15,9 +15,12 @@ from loader import Checkpoint
 from model import Experts
 
 WINDOWED = ["Mistral, sliding", "Gemma 3", "Gemma 4", "gpt-oss"]
-# Logits reach 5. The bound is loose for all but the hybrids, whose recurrence has ill-conditioned positions where
-# transformers differs as much from its own float64 (measured figures: README).
-BOUND = dict(rtol=0, atol=1e-3)
+BOUND = dict(rtol=0, atol=1e-4)  # logits reach 5
+LOOSE = dict(rtol=0, atol=1e-3)  # where some positions are ill-conditioned: transformers is as far from its own float64
+
+
+def bound(theirs) -> dict:
+    return LOOSE if type(theirs).__name__.startswith(("Qwen3_5", "Gemma4")) else BOUND
 
 
 @pytest.fixture(params=FAMILIES)
@@ -40,10 +43,9 @@ def test_logits_are_those_of_transformers(family):
     ids = torch.randint(128, (1, 90))
     truth = logits_of(theirs, ids)
     for end in (1, 75, 90):
-        torch.testing.assert_close(run(model, ids[:, :end]), truth[:, end - 1], **BOUND)
-    torch.testing.assert_close(run(model, ids, 40, 75), truth[:, -1], **BOUND)  # prefill in chunks
-    torch.testing.assert_close(run(model, ids, 75, *range(76, 90)), truth[:, -1], **BOUND)  # decode token by token
-    torch.testing.assert_close(run(model, ids, *range(1, 90)), truth[:, -1], **BOUND)  # from the first token on
+        torch.testing.assert_close(run(model, ids[:, :end]), truth[:, end - 1], **bound(theirs))
+    for cuts in ((40, 75), (75, *range(76, 90)), range(1, 90)):  # prefill in chunks, decode, decode from the first on
+        torch.testing.assert_close(run(model, ids, *cuts), truth[:, -1], **bound(theirs))
 
 
 def test_greedy_tokens_are_those_of_transformers(family):
@@ -68,14 +70,14 @@ def test_compiled_decoding_is_one_graph_and_the_logits_are_those_of_transformers
         for p in range(start, end):
             with torch.no_grad():
                 got = step(torch.tensor([[ids[0, p]]]), torch.tensor([[p]]))
-            torch.testing.assert_close(got, truth[:, p], **BOUND)
+            torch.testing.assert_close(got, truth[:, p], **bound(theirs))
     assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("rewind", [1, 3, 8])
 def test_a_call_may_start_before_the_end_of_the_last_one(family, rewind):
     """What speculation does: some tokens turn out wrong, and others take their positions; in every batch row alike."""
-    _, model = family
+    theirs, model = family
     ids, wrong = torch.randint(128, (2, 100)), torch.randint(128, (2, rewind))
     model.setup_caches(2, 256)
     straight = [run(model, ids[:, :end], 80, *range(81, end)) for end in (82, 95)]
@@ -86,9 +88,9 @@ def test_a_call_may_start_before_the_end_of_the_last_one(family, rewind):
             model(wrong, torch.arange(start, start + rewind).expand(2, -1))
         assert model.rewind(rewind)
         again = run(model, ids[:, :95], *range(start + 1, 95), first=start)
-        torch.testing.assert_close(again, straight[1], **BOUND)
+        torch.testing.assert_close(again, straight[1], **bound(theirs))
     run(model, torch.cat([ids[:, :82 - rewind], wrong], 1))  # into a prompt
-    torch.testing.assert_close(run(model, ids[:, :82], first=82 - rewind), straight[0], **BOUND)
+    torch.testing.assert_close(run(model, ids[:, :82], first=82 - rewind), straight[0], **bound(theirs))
 
 
 def test_a_rewind_further_than_kept_is_refused(tmp_path):
@@ -102,7 +104,8 @@ def test_a_rewind_further_than_kept_is_refused(tmp_path):
 def test_after_a_reset_the_caches_hold_nothing(family):
     _, model = family
     model.reset()
-    assert all(not b.any() for name, b in model.named_buffers() if name.endswith(("cache.k", "cache.v", "conv", "state")))
+    held = [b for name, b in model.named_buffers() if name.endswith(("cache.k", "cache.v", "conv", "state"))]
+    assert len(held) == 2 * len(model.layers) and not any(b.any() for b in held)
 
 
 def test_bfloat16_is_no_further_from_float32_than_transformers(tmp_path):
@@ -204,14 +207,16 @@ def nested(prefix: str, architecture: str):
         tower = {f"{name}.weight": torch.ones(3, 3) for name in (
             "model.visual.blocks.0.attn.qkv", "vision_tower.vision_model.post_layernorm", "mtp.fc",
             "multi_modal_projector.mm_soft_emb_norm")}
-        head = {name: t for name, t in tensors.items() if name == "lm_head.weight"}
+        mark = "language_model." if prefix == "language_model.model." else ""
+        head = {mark + name: t for name, t in tensors.items() if name == "lm_head.weight"}
         tensors.clear(), tensors.update(**renamed, **tower, **head)
     return change
 
 
 def sparse_gemma(folder, theirs, document, tensors):
     """Google's files leave out what equals transformers' defaults."""
-    for key in ("tie_word_embeddings", "query_pre_attn_scalar", "num_attention_heads", "num_key_value_heads", "head_dim"):
+    for key in ("tie_word_embeddings", "query_pre_attn_scalar", "num_attention_heads", "num_key_value_heads",
+                "head_dim"):
         document.pop(key)
 
 
@@ -268,7 +273,7 @@ def test_hub_layouts_load(name, change, tmp_path, monkeypatch):
         save_file(tensors, tmp_path / "model.safetensors")
     ids, model = torch.randint(128, (1, 30)), load(tmp_path)
     assert (model.output.weight is model.tok_embeddings.weight) == model.config.tie_embeddings
-    torch.testing.assert_close(run(model, ids), logits_of(theirs, ids)[:, -1], **BOUND)
+    torch.testing.assert_close(run(model, ids), logits_of(theirs, ids)[:, -1], **bound(theirs))
 
 
 def test_tensors_of_other_towers_are_not_even_listed(tmp_path):
