@@ -94,14 +94,15 @@ class ModelConfig:
     dtype: str = "bfloat16"  # what the checkpoint says it is stored in: bfloat16 | float16 | float32
 
     def __post_init__(self) -> None:
-        sizes = {name: getattr(self, name) for name in ("vocab_size", "dim", "ffn_dim", "max_seq_len")}
-        sizes["num_hidden_layers"] = len(self.layer_types)
-        for part in (*self.mixers.values(), self.experts):
-            if part is not None:
-                sizes |= {name: size for name, size in vars(part).items() if type(size) is int and name != "shared_dim"}
-        for name, size in sizes.items():
+        sizes = [("num_hidden_layers", len(self.layer_types))]
+        for part in (self, *self.mixers.values(), *([self.experts] if self.experts else [])):
+            sizes += [(name, size) for name, size in vars(part).items() if type(size) is int and name != "shared_dim"]
+        for name, size in sizes:
             if size < 1:
                 raise UserError(f"config.json gives {name}={size}; it must be at least 1")
+        if unknown := set(self.layer_types) - self.mixers.keys():
+            raise UserError(f"config.json gives layers of type {unknown.pop()!r}; this family has "
+                            f"{', '.join(self.mixers)}")
         for mixer in self.mixers.values():
             check_heads(mixer)
         if self.experts and self.experts.n_active > self.experts.n_experts:
@@ -215,23 +216,23 @@ def read_ropes(source: Source, head_dim: dict[str, int], theta: float | dict[str
             own, default = by_type.get(kind, {}) if by_type else parameters, base or default
         if not isinstance(own, dict):
             raise UserError(f"config.json gives rope parameters {own!r}; an object is expected")
-        ropes[kind] = read_rope(own, dim, default, share, source.document.get("max_position_embeddings"))
+        ropes[kind] = read_rope(own, dim, default, share, source.read("max_position_embeddings", int, 2048))
     return ropes
 
 
-def read_rope(p: dict[str, Any], head_dim: int, theta: float, share: float, context: int | None) -> Rope:
+def read_rope(p: dict[str, Any], head_dim: int, theta: float, share: float, context: int) -> Rope:
     """One object of rope parameters, `type` or `rope_type`. Mrope is plain rotary embedding as long as all is text."""
-    kind = p.get("rope_type") or p.get("type") or "default"
+    kind = checked(p, "rope_type", str, checked(p, "type", str, "default"))
     kind = "default" if kind == "mrope" else kind
     if kind not in ROPE_KEYS:
         raise UserError(f"config.json has rope type {kind!r}; supported: {', '.join(ROPE_KEYS)}")
     if unknown := sorted(key for key in p.keys() - ROPE_COMMON - ROPE_KEYS[kind] if p[key] is not None):
         raise UserError(f"config.json has rope parameter {unknown[0]}={p[unknown[0]]!r}, unknown for type {kind!r}")
     theta, share = checked(p, "rope_theta", float, theta), checked(p, "partial_rotary_factor", float, share)
-    if not (theta > 0 and 0 < share <= 1):
-        raise UserError(f"config.json gives rope_theta={theta}, partial_rotary_factor={share}; both must be above 0, "
-                        f"the second at most 1")
     factor = checked(p, "factor", float, None if kind in ("linear", "llama3") else 1.0)
+    if not (theta > 1 and 0 < share <= 1 and factor > 0):
+        raise UserError(f"config.json gives rope_theta={theta}, partial_rotary_factor={share}, factor={factor}; the "
+                        f"first must be above 1, the others above 0, the second at most 1")
     if kind == "proportional":
         return Rope(head_dim, theta, kind, factor, rotated=int(share * head_dim // 2) * 2)
     rope = dict(dim=int(head_dim * share), theta=theta, kind=kind)
@@ -246,10 +247,12 @@ def read_rope(p: dict[str, Any], head_dim: int, theta: float, share: float, cont
     return Rope(**rope)
 
 
-def read_yarn(p: dict[str, Any], rope: dict[str, Any], context: int | None) -> Rope:
+def read_yarn(p: dict[str, Any], rope: dict[str, Any], context: int) -> Rope:
     """YaRN (Peng et al. 2023, arXiv 2309.00071), with DeepSeek's mscale where a file has it."""
     original = checked(p, "original_max_position_embeddings", int, context)
-    factor = checked(p, "factor", float, (context or 0) / original)
+    if original < 1:
+        raise UserError(f"config.json gives original_max_position_embeddings={original}; it must be at least 1")
+    factor = checked(p, "factor", float, context / original)
 
     def attention(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

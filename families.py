@@ -15,6 +15,7 @@ from config import (
     ExpertsConfig,
     ModelConfig,
     Source,
+    checked,
     read_json,
     read_ropes,
 )
@@ -47,18 +48,29 @@ def decoder(source: Source, layers: tuple[str, ...], mixers: dict[str, Any],
     return ModelConfig(**settings | fields)
 
 
+def positive(source: Source, key: str, default: int) -> int:
+    """A number to be divided by."""
+    n = source.read(key, int, default)
+    if n < 1:
+        raise UserError(f"config.json gives {key}={n}; it must be at least 1")
+    return n
+
+
 def attention(source: Source, layers: tuple[str, ...], theta: float | dict[str, float] = 10000.0, partial: float = 1.0,
-              head_dim: int = 0, bias: bool = False, **fields: Any) -> dict[str, AttentionConfig]:
-    """The softmax attention of each layer type that `layers` name (but linear), which share their sizes."""
+              head_dim: int = 0, bias: bool = False, full: dict[str, Any] | None = None,
+              **fields: Any) -> dict[str, AttentionConfig]:
+    """The softmax attention of each layer type that `layers` name (but linear): alike, but for rotary embedding,
+    window, and what `full` says of full layers."""
     source.require("attention_bias", bias)
     heads = source.read("num_attention_heads", int)
     head_dim = source.read("head_dim", int, head_dim or source.read("hidden_size", int) // max(heads, 1))
-    kinds = dict.fromkeys(kind for kind in layers if kind != "linear")
-    ropes = read_ropes(source, dict.fromkeys(kinds, head_dim), theta, partial)
-    window = source.read("sliding_window", int) if "sliding" in kinds else None
+    window = source.read("sliding_window", int) if "sliding" in layers else None
     source.asked.add("sliding_window")
-    return {kind: AttentionConfig(heads, source.read("num_key_value_heads", int, heads), head_dim, ropes[kind],
-                                  window=window if kind == "sliding" else None, **fields) for kind in kinds}
+    fields = dict(n_heads=heads, n_kv_heads=source.read("num_key_value_heads", int, heads), head_dim=head_dim) | fields
+    by_kind = {kind: fields | (full or {}) if kind == "full" else fields for kind in layers if kind != "linear"}
+    ropes = read_ropes(source, {kind: f["head_dim"] for kind, f in by_kind.items()}, theta, partial)
+    return {kind: AttentionConfig(**f, rope=ropes[kind], window=window if kind == "sliding" else None)
+            for kind, f in by_kind.items()}
 
 
 def windowed(source: Source) -> tuple[str, ...]:
@@ -88,11 +100,11 @@ def mistral(source: Source) -> ModelConfig:
 
 def smollm3(source: Source) -> ModelConfig:
     """SmolLM3: every so many layers have no position embedding."""
-    step = source.read("no_rope_layer_interval", int, 4)
+    step = positive(source, "no_rope_layer_interval", 4)
     listed = source.read("no_rope_layers", list, [])  # 1: the layer has rotary embedding
     source.require("use_sliding_window", False)
     layers = read_layers(source)
-    mixer = attention(source, layers, theta=2000000.0)["full"]
+    mixer = attention(source, ("full",), theta=2000000.0)["full"]
     turned = [bool(x) for x in listed] or [(i + 1) % step != 0 for i in range(len(layers))]
     if len(turned) != len(layers):
         raise UserError(f"config.json gives {len(turned)} no_rope_layers for {len(layers)} layers")
@@ -136,9 +148,9 @@ def gemma3(source: Source) -> ModelConfig:
                    max_position_embeddings=131072, tie_word_embeddings=True, query_pre_attn_scalar=256)
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         source.require(key, None)
-    step = source.read("sliding_window_pattern", int, 6)
+    step = positive(source, "sliding_window_pattern", 6)
     layers = read_layers(source, lambda i: "sliding" if (i + 1) % step else "full")
-    scale = source.read("query_pre_attn_scalar", float) ** -0.5
+    scale = positive(source, "query_pre_attn_scalar", 256) ** -0.5
     mixers = attention(source, layers, theta={"sliding": 1e4, "full": 1e6}, qk_norm=True, scale=scale)
     return decoder(source, layers, mixers, "hidden_activation", activation="gelu_tanh", norm_offset=1.0,
                    post_norms=True, scale_embeddings=True)
@@ -146,7 +158,7 @@ def gemma3(source: Source) -> ModelConfig:
 
 def qwen3_5(source: Source, **fields: Any) -> ModelConfig:
     """Qwen3.5, 3.6 and 3.8, dense: three Gated DeltaNet layers to one of gated attention."""
-    step = source.read("full_attention_interval", int, 4)
+    step = positive(source, "full_attention_interval", 4)
     layers = read_layers(source, lambda i: "linear" if (i + 1) % step else "full")
     source.require("attn_output_gate", True)
     mixers: dict[str, Any] = attention(source, layers, partial=0.25, head_dim=256, qk_norm=True, gated=True)
@@ -183,22 +195,29 @@ def gemma4(source: Source) -> ModelConfig:
         source.require("use_bidirectional_attention", None)
     layers = read_layers(source, lambda i: "sliding" if (i + 1) % 6 else "full")
     layers = (*layers[:-1], "full")
-    mixers = attention(source, layers, theta={"sliding": 1e4, "full": 1e6}, qk_norm=True, v_norm=True, scale=1.0)
-    own = next(iter(source.read("per_layer_config", dict, {}).values()), {})  # transformers 5; full layers, all alike
-    shared = source.read("attention_k_eq_v", bool, False)
-    heads = source.read("num_global_key_value_heads", int, 0) if shared else 0
-    mixers["full"] = replace(
-        mixers["full"], head_dim=own.get("head_dim") or source.read("global_head_dim", int, 512),
-        n_kv_heads=own.get("num_key_value_heads") or heads or mixers["full"].n_kv_heads, keys_are_values=shared)
-    source.asked.add("global_head_dim")
-    mixers["full"] = replace(mixers["full"], rope=read_ropes(
-        source, {"full": mixers["full"].head_dim}, theta=1e6)["full"])
+    mixers = attention(source, layers, theta={"sliding": 1e4, "full": 1e6}, qk_norm=True, v_norm=True, scale=1.0,
+                       full=gemma4_full(source))
     experts = ExpertsConfig(
         source.read("num_experts", int), source.read("top_k_experts", int), source.read("moe_intermediate_size", int),
         beside_dense=True) if source.read("enable_moe_block", bool, False) else None
     return decoder(source, layers, mixers, "hidden_activation", activation="gelu_tanh", post_norms=True,
                    scale_embeddings=True, layer_scalars=True, experts=experts,
                    logit_softcap=source.read("final_logit_softcapping", float, 0.0) or None)
+
+
+def gemma4_full(source: Source) -> dict[str, Any]:
+    """What full layers have of their own, in Google's keys or in those that transformers 5 writes, layer by layer."""
+    shared = source.read("attention_k_eq_v", bool, False)
+    sizes = dict(head_dim=source.read("global_head_dim", int, 512), keys_are_values=shared)
+    if heads := source.read("num_global_key_value_heads", int, 0):
+        sizes |= dict(n_kv_heads=heads) if shared else {}
+    for layer in source.read("per_layer_config", dict, {}).values():
+        if not isinstance(layer, dict):
+            raise UserError(f"config.json gives a per_layer_config of {layer!r}; an object is expected")
+        for ours, key in (("head_dim", "head_dim"), ("n_kv_heads", "num_key_value_heads")):
+            if key in layer:
+                sizes[ours] = checked(layer, key, int)
+    return sizes
 
 
 def gpt_oss(source: Source) -> ModelConfig:

@@ -147,7 +147,7 @@ FOLDERS = {
                                     ["attn_logit_softcapping=50.0", "new_trick='x'", "not supported"]),
     "rope with a new parameter": (config(rope_scaling={"rope_type": "linear", "factor": 2.0, "twist": 3}),
                                   ["twist=3", "'linear'"]),
-    "rope theta negative": (config(rope_theta=-1.0), ["rope_theta=-1.0", "above 0"]),
+    "rope theta negative": (config(rope_theta=-1.0), ["rope_theta=-1.0", "above 1"]),
     "layer types unknown": (config(layer_types=["full_attention", "mamba"]), ["'mamba'", "linear_attention"]),
     "layer types too few": (config(layer_types=["full_attention"]), ["layer_types", "2 layers"]),
     "window without size": (config(layer_types=["full_attention", "sliding_attention"]), ["no 'sliding_window'"]),

@@ -4,13 +4,16 @@ import json
 import pytest
 import torch
 from conftest import DEMO, TINY
+from tiny_models import BASE, FAMILIES
 
+import families
 from config import DeltaNetConfig
 from errors import UserError
 from families import config_from_dict, config_of_shape, shapes
 from layers import rope_frequencies
 from model import Transformer
 
+ARCHITECTURES = {kind: kind.__name__.removesuffix("Config").removesuffix("Text") for kind, _ in FAMILIES.values()}
 PARAMETERS = {  # as published or counted from the published files; text half
     "Llama-2-7B": 6_738_415_616, "Llama-2-13B": 13_015_864_320, "Llama-2-70B": 68_976_648_192,
     "CodeLlama-34B": 33_743_970_304, "Llama-3.1-8B": 8_030_261_248, "Llama-3.1-70B": 70_553_706_496,
@@ -71,6 +74,29 @@ def test_harmless_keys_and_those_that_are_off_are_ignored():
     with pytest.raises(UserError, match="attn_temperature"):  # in the nested half as well
         config_from_dict({"architectures": ["Gemma3ForConditionalGeneration"],
                           "text_config": {**TINY, "attn_temperature": 2.0}})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_whatever_stands_in_a_config_the_answer_is_a_config_or_one_clear_line(name):
+    kind, values = FAMILIES[name]
+    document = kind(**{**BASE, **values}).to_dict()
+    document["architectures"] = [next(a for a, f in families.FAMILIES.items() if a.startswith(ARCHITECTURES[kind]))]
+    document = json.loads(json.dumps(document))
+    assert config_from_dict(document)
+    places = [(document, key) for key in document]
+    for inner in (value for value in document.values() if isinstance(value, dict)):
+        places += [(inner, key) for key in inner]
+        places += [(x, key) for x in inner.values() if isinstance(x, dict) for key in x]
+    for place, key in places:
+        kept = place[key]
+        for value in (None, -1, 0, 3, 1e9, -0.5, float("nan"), True, "x", "", [], [1], ["full_attention"], {},
+                      {"a": 1}):
+            place[key] = value
+            try:
+                config_from_dict(document)
+            except UserError as e:
+                assert len(str(e)) > 10
+        place[key] = kept
 
 
 @pytest.mark.parametrize("style", ["new", "old", "by type"])
