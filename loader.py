@@ -80,7 +80,8 @@ RESIDENT = 16 << 20  # bytes of a file that may stay mapped while reading
 MXFP4 = re.compile(r".*_(blocks|scales)")  # two numbers to a byte, and their exponents
 
 # What a run reads of a hub repository; everything else stays there.
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+HUB = dict(allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"],
+           ignore_patterns=["*/*", "consolidated*"])  # the same weights again, in their makers' own layout
 
 
 # -- finding the folder -----------------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ def resolve_checkpoint(path: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
     try:
-        return Path(snapshot_download(path, allow_patterns=HUB_FILES, local_files_only=True))
+        return Path(snapshot_download(path, local_files_only=True, **HUB))
     except LocalEntryNotFoundError:  # absent, or a download that was cut short
         return download(path)
 
@@ -107,7 +108,7 @@ def download(repo: str, folder: Path | None = None) -> Path:
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(repo, allow_patterns=HUB_FILES, local_dir=folder))
+        return Path(snapshot_download(repo, local_dir=folder, **HUB))
     except hub.GatedRepoError:
         raise UserError(f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then run "
                         f"`hf auth login` (or set HF_TOKEN) and try again") from None

@@ -56,7 +56,9 @@ def hub(folder):
     """(its address, the names of the files it was asked for); its one repository is org/small."""
     path = Path(folder.write())
     Hub.files = {p.name: p.read_bytes() for p in path.iterdir()}
-    Hub.files |= {"pytorch_model.bin": b"pickle", "model.onnx": b"onnx", "photo.png": b"png"}
+    Hub.files |= {"pytorch_model.bin": b"pickle", "model.onnx": b"onnx", "photo.png": b"png",
+                  "chat_template.jinja": b"{{ messages }}", "consolidated.safetensors": b"again",
+                  "original/params.json": b"{}", "original/model.safetensors": b"and again"}
     Hub.fetched = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -76,7 +78,8 @@ def test_download_takes_what_a_run_reads_and_nothing_else(hub, tmp_path):
     target = tmp_path / "got"
     run = call(address, tmp_path, "-m", "scripts.download", "org/small", "--output", str(target))
     assert run.returncode == 0, run.stderr
-    wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
+    wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+              "chat_template.jinja"}
     assert {p.name for p in target.iterdir() if p.is_file()} == set(fetched) == wanted
     assert all((target / name).read_bytes() == Hub.files[name] for name in wanted)
     assert str(target) in run.stdout
