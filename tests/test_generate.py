@@ -70,12 +70,12 @@ def test_one_graph_serves_every_length_and_gives_the_eager_tokens(dtype, folder,
     assert counters["stats"]["unique_graphs"] == 3
 
 
-@pytest.mark.parametrize("name, prefills", [("Gemma 3", 2), ("gpt-oss", 2), ("Qwen3.5", 4), ("Qwen3-MoE", 2)])
+@pytest.mark.parametrize("name, prefills", [("Gemma 3", 2), ("gpt-oss", 2), ("Qwen3.5", 3), ("Qwen3-MoE", 2)])
 def test_prompts_of_every_family_meet_few_graphs(name, prefills, tmp_path, monkeypatch):
     """One for a single token, one for more; where a recurrence is unrolled, one for each power of two of its blocks."""
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(g, "PREFILL_CHUNK", 256)
+    monkeypatch.setattr(g, "PREFILL_CHUNK", 128)
     tiny_models.reference_model(name).save_pretrained(tmp_path)
     model = tiny_models.load(tmp_path)
     object.__setattr__(model.config, "max_seq_len", 1024)
@@ -84,7 +84,7 @@ def test_prompts_of_every_family_meet_few_graphs(name, prefills, tmp_path, monke
     steps = g.Steps(torch.compile(g.prefill, fullgraph=True, dynamic=True, backend="eager"),  # traced, not built
                     torch.compile(g.decode, fullgraph=True, backend="eager"))
     ids = torch.randint(128, (1000,)).tolist()
-    for length in (500, 2, 1, 63, 65, 200, 513, 1000):
+    for length in (250, 2, 1, 63, 65, 200, 513):
         got = list(g.generate(model, ids[:length], 3, GREEDY, steps=steps))
         assert got == list(g.generate(model, ids[:length], 3, GREEDY))
     assert counters["stats"]["unique_graphs"] <= prefills + 1  # and one to decode
