@@ -47,14 +47,10 @@ class Conversation:
         tokens = reply.tokens[:-1] if reply.stop == "stop_id" else reply.tokens
         self.text, self.ids = text + reply.text, ids + tokens
 
-    def drop_oldest(self) -> bool:
-        """Forget the oldest turn and its reply (without a template, the first half of the text); False if none is left.
-        """
-        if not self.messages:
-            return False
+    def drop_oldest(self) -> None:
+        """Forget the oldest turn and its reply (without a template, the first half of the text)."""
         self.messages = self.messages[2:]
         self.text, self.ids = (self.text[len(self.text) // 2:] if self.messages else "", [])
-        return True
 
 
 def setup(model: Transformer) -> None:
@@ -98,7 +94,8 @@ def interact(model: Transformer, conversation: Conversation, reply: Reply, max_n
         if not model.rewind(len(held) - cached + machine.read_ahead(model.device)):
             cached = 0
         sample = reply(turn, ids, room, cached)
-        held = ids + sample.tokens[:-1]  # the last one has not been read
+        # the last token has not been read; without one the prompt may be in only some of the layers' caches
+        held = ids + sample.tokens[:-1] if sample.tokens else []
         conversation.add(message, text, ids, sample)
         turn += 1
         if sample.stop == "length" and room < max_new_tokens:

@@ -312,8 +312,8 @@ def main(argv: list[str]) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     if args.num_samples < 1:
         raise UserError(f"--num_samples is {args.num_samples}; it must be at least 1")
-    for name in ("prompt", "random_weights", "json", "profile") if args.interactive else ():
-        if getattr(args, name):
+    for name in ("prompt", "random_weights", "num_samples", "profile", "json") if args.interactive else ():
+        if getattr(args, name) != parser().get_default(name):
             raise UserError(f"--{name} does not go with --interactive; leave one of them out")
     if args.profile and (Path(args.profile).is_dir() or not Path(args.profile).absolute().parent.is_dir()):
         raise UserError(f"--profile {args.profile}: no such folder, or it is one; a file is expected")

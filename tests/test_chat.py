@@ -1,4 +1,5 @@
 """A chat: the checkpoint's own template, history kept, only what is new read, and every way out of trouble."""
+import contextlib
 import io
 import json
 import shutil
@@ -146,6 +147,7 @@ class Talk:
                 model.cache_size = (0, 0, 0)
         self.tokenizer, self.lines, self.said, self.prompts, self.cached = Letters(template), list(lines), [], [], []
         self.replies: list[list[int]] = []
+        self.layers_before_interrupt: int | None = None
         self.interrupt_after: int | None = None
 
     def ask(self, _: str) -> str:
@@ -162,8 +164,14 @@ class Talk:
             if written == self.interrupt_after:
                 self.interrupt_after = None
                 raise KeyboardInterrupt
-        sample = g.run_sample(self.model, self.tokenizer, ids, write, echo=False, max_new_tokens=room, cached=cached,
-                              sampling=g.Sampling(temperature=0))
+        def stop(*_) -> None:
+            self.layers_before_interrupt = None
+            raise KeyboardInterrupt
+        hook = contextlib.nullcontext() if self.layers_before_interrupt is None or turn == 0 else \
+            self.model.layers[self.layers_before_interrupt].register_forward_pre_hook(stop)
+        with hook:
+            sample = g.run_sample(self.model, self.tokenizer, ids, write, echo=False, max_new_tokens=room,
+                                  cached=cached, sampling=g.Sampling(temperature=0))
         expected = list(g.generate(self.fresh, ids, room, g.Sampling(temperature=0), self.tokenizer.stop_ids))
         assert sample.tokens == (expected[:len(sample.tokens)] if sample.stop == "interrupt" else expected)
         self.prompts.append(ids)
@@ -217,6 +225,15 @@ def test_ctrl_c_stops_the_reply_and_nothing_else(name, tmp_path):
     assert len(talk.prompts) == 3 and talk.cached[2] >= len(talk.prompts[1])
 
 
+@pytest.mark.parametrize("name", ["Llama 3.2", "Gemma 3", "Qwen3.5"])
+def test_ctrl_c_while_the_prompt_is_read_leaves_nothing_half_read(name, tmp_path):
+    """Stopped when one layer had taken it in and the next had not."""
+    talk = Talk(name, tmp_path, "hello", "a longer message to be read", "and one more")
+    talk.layers_before_interrupt = 1
+    talk.run()
+    assert [bool(reply) for reply in talk.replies] == [True, False, True]
+
+
 def test_reset_forgets(tmp_path):
     talk = Talk("Qwen3.5", tmp_path, "hello", "/reset", "hello").run()
     assert talk.prompts[0] == talk.prompts[1] and talk.said == ["forgotten"]
@@ -253,7 +270,8 @@ def test_the_command_holds_a_chat(tmp_path, command, monkeypatch):
     assert "import os" not in out  # what was typed is on the screen already
 
 
-@pytest.mark.parametrize("option", [["--prompt", "x"], ["--json"], ["--random_weights", "Llama-3.2-1B"]])
+@pytest.mark.parametrize("option", [["--prompt", "x"], ["--json"], ["--num_samples", "2"],
+                                    ["--random_weights", "Llama-3.2-1B"]])
 def test_what_does_not_go_with_a_chat_is_refused(option, command):
     code, _, err = command(g.main, "--interactive", *option)
     assert code == 2 and f"{option[0]} does not go with --interactive" in err
