@@ -7,6 +7,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,8 @@ def checked(document: dict[str, Any], key: str, kind: type, default: Any = None)
         return default
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    unfit = isinstance(value, bool) if kind is int else kind is float and value != value  # JSON readers take NaN
+    if not isinstance(value, kind) or unfit:
         raise UserError(f"config.json gives {key}={value!r}; a {kind.__name__} is expected")
     return value
 
@@ -239,19 +241,29 @@ def read_rope(p: dict[str, Any], head_dim: int, theta: float, share: float, cont
     if kind == "linear":
         return Rope(**rope, factor=factor)
     if kind == "llama3":
-        return Rope(**rope, factor=factor, low_freq_factor=checked(p, "low_freq_factor", float),
-                    high_freq_factor=checked(p, "high_freq_factor", float),
+        low, high = checked(p, "low_freq_factor", float), checked(p, "high_freq_factor", float)
+        ordered(low_freq_factor=low, high_freq_factor=high)
+        return Rope(**rope, factor=factor, low_freq_factor=low, high_freq_factor=high,
                     original_max_seq_len=checked(p, "original_max_position_embeddings", int))
     if kind == "yarn":
         return read_yarn(p, rope, context)
     return Rope(**rope)
 
 
+def ordered(**numbers: float) -> None:
+    """Refuse numbers that are not above zero and each above the one before it."""
+    values = [0.0, *numbers.values()]
+    if any(not a < b for a, b in pairwise(values)):
+        named = ", ".join(f"{key}={value}" for key, value in numbers.items())
+        raise UserError(f"config.json gives {named}; they must be above 0 and in ascending order")
+
+
 def read_yarn(p: dict[str, Any], rope: dict[str, Any], context: int) -> Rope:
     """YaRN (Peng et al. 2023, arXiv 2309.00071), with DeepSeek's mscale where a file has it."""
     original = checked(p, "original_max_position_embeddings", int, context)
-    if original < 1:
-        raise UserError(f"config.json gives original_max_position_embeddings={original}; it must be at least 1")
+    ordered(original_max_position_embeddings=original)
+    fast, slow = checked(p, "beta_fast", float, 32.0), checked(p, "beta_slow", float, 1.0)
+    ordered(beta_slow=slow, beta_fast=fast)
     factor = checked(p, "factor", float, context / original)
 
     def attention(mscale: float) -> float:
@@ -260,7 +272,7 @@ def read_yarn(p: dict[str, Any], rope: dict[str, Any], context: int) -> Rope:
     top, bottom = checked(p, "mscale", float, 0.0), checked(p, "mscale_all_dim", float, 0.0)
     scale = attention(top) / attention(bottom) if top and bottom else attention(1.0)
     return Rope(**rope, factor=factor, original_max_seq_len=original, truncate=checked(p, "truncate", bool, True),
-                beta_fast=checked(p, "beta_fast", float, 32.0), beta_slow=checked(p, "beta_slow", float, 1.0),
+                beta_fast=fast, beta_slow=slow,
                 scale=checked(p, "attention_factor", float, scale))
 
 

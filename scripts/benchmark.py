@@ -44,18 +44,19 @@ def as_transformers(model: Transformer):
     c, attention = model.config, model.config.mixers.get("full")
     simple = ModelConfig(c.vocab_size, c.dim, c.ffn_dim, c.max_seq_len, c.layer_types, c.mixers, norm_eps=c.norm_eps,
                          tie_embeddings=c.tie_embeddings, dtype=c.dtype)
-    if c != simple or set(c.layer_types) != {"full"} or attention.qk_norm or attention.qkv_bias:
+    keys = {"default": 2, "linear": 3, "llama3": 6}  # how many of the rope's, below
+    if c != simple or set(c.layer_types) != {"full"} or attention.qk_norm or attention.qkv_bias \
+            or attention.rope.kind not in keys:
         raise UserError("transformers is compared on Llama's architecture only; take a Llama or leave --peers out")
     rope = dict(rope_type=attention.rope.kind, rope_theta=attention.rope.theta, factor=attention.rope.factor,
                 low_freq_factor=attention.rope.low_freq_factor, high_freq_factor=attention.rope.high_freq_factor,
                 original_max_position_embeddings=attention.rope.original_max_seq_len)
-    keys = {"default": 2, "linear": 3, "llama3": 6}[attention.rope.kind]
     config = LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=len(c.layer_types),
                          head_dim=attention.head_dim, num_attention_heads=attention.n_heads,
                          num_key_value_heads=attention.n_kv_heads, intermediate_size=c.ffn_dim,
                          max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps,
-                         rope_parameters=dict(list(rope.items())[:keys]), tie_word_embeddings=c.tie_embeddings,
-                         eos_token_id=None, bos_token_id=None)
+                         rope_parameters=dict(list(rope.items())[:keys[attention.rope.kind]]),
+                         tie_word_embeddings=c.tie_embeddings, eos_token_id=None, bos_token_id=None)
     with torch.device("meta"):
         peer = LlamaForCausalLM(config).eval()
     q, kv = attention.n_heads * attention.head_dim, attention.n_kv_heads * attention.head_dim

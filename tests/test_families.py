@@ -93,9 +93,12 @@ def test_whatever_stands_in_a_config_the_answer_is_a_config_or_one_clear_line(na
                       {"a": 1}):
             place[key] = value
             try:
-                config_from_dict(document)
+                mixers = config_from_dict(document).mixers.values()
             except UserError as e:
                 assert len(str(e)) > 10
+            else:
+                ropes = [mixer.rope for mixer in mixers if getattr(mixer, "rope", None)]
+                assert all(rope_frequencies(rope).isfinite().all() for rope in ropes), (key, value)
         place[key] = kept
 
 
