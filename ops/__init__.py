@@ -8,6 +8,7 @@ G = H / K query heads per kv head, E head_dim.
 """
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,8 @@ def bind(device_type: str) -> None:
     """Import the fast twins of a device, which register themselves; without Triton the plain forms serve CUDA too."""
     if device_type == "cuda" and importlib.util.find_spec("triton"):
         importlib.import_module("ops.cuda")
+    elif device_type == "mps":
+        importlib.import_module("ops.mps")
 
 
 # -- linear -----------------------------------------------------------------------------------------------------------
@@ -93,22 +96,107 @@ def expert_linear(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
     return torch.ops.readonce.grouped_linear(x, weight, chosen)
 
 
+def by_expert(x: Tensor, outputs: int, chosen: Tensor, multiply: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Rows x [N, in] sorted by their expert, multiply(rows, e) for each that has any -> [N, outputs]. Reads `chosen`
+    back."""
+    order = chosen.argsort()
+    counts = torch.bincount(chosen).tolist()
+    groups = x[order].split([n for n in counts if n])
+    parts = [multiply(rows, e) for e, rows in zip((e for e, n in enumerate(counts) if n), groups, strict=True)]
+    return x.new_empty(x.shape[0], outputs).index_copy_(0, order, torch.cat(parts))
+
+
 LIBRARY.define("grouped_linear(Tensor x, Tensor weight, Tensor chosen) -> Tensor")
 
 
 @torch.library.impl(LIBRARY, "grouped_linear", "CompositeExplicitAutograd")
 def grouped_linear(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
-    """`expert_linear` by expert: rows sorted by the one they go to, then a matmul for each. Reads `chosen` back."""
-    order = chosen.argsort()
-    counts = torch.bincount(chosen, minlength=weight.shape[0]).tolist()
-    groups = x[order].split([n for n in counts if n])
-    parts = [linear(rows, weight[e]) for e, rows in zip((e for e, n in enumerate(counts) if n), groups, strict=True)]
-    return x.new_empty(x.shape[0], weight.shape[1]).index_copy_(0, order, torch.cat(parts))
+    """`expert_linear` expert by expert, with a matmul for each."""
+    return by_expert(x, weight.shape[1], chosen, lambda rows, e: linear(rows, weight[e]))
 
 
 @torch.library.register_fake("readonce::grouped_linear")
 def _(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
+
+
+# -- quantized --------------------------------------------------------------------------------------------------------
+
+# Two formats, told apart by the dtype of the weight:
+#   int8  weight int8 [..., out, in], scale float32 [..., out]:           w = weight * scale
+#   int4  weight uint8 [..., out, in / 2], scale float16 [..., out, in / g]: w = (nibble - 8) * scale; the even column is
+#         in the low half of a byte, the odd one in the high half; a scale serves g columns, 32, 64 or 128
+
+def pack_int4(q: Tensor) -> Tensor:
+    """Whole numbers -8 .. 7 [..., in] -> bytes [..., in / 2]."""
+    nibbles = (q + 8).to(torch.uint8)
+    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
+
+
+def unpack_int4(weight: Tensor) -> Tensor:
+    """Bytes [..., in / 2] -> int8 -8 .. 7 [..., in]."""
+    return torch.stack([weight & 15, weight >> 4], -1).flatten(-2).to(torch.int8) - 8
+
+
+def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
+    """Either format -> float32 [..., out, in]."""
+    if weight.dtype == torch.int8:
+        return weight * scale[..., None]
+    groups = unpack_int4(weight).unflatten(-1, (scale.shape[-1], -1))
+    return (groups * scale.float()[..., None]).flatten(-2)
+
+
+WIDENED = 1 << 22  # numbers of a matrix made wide at a time
+
+LIBRARY.define("quantized_linear(Tensor x, Tensor weight, Tensor scale) -> Tensor")
+
+
+@torch.library.impl(LIBRARY, "quantized_linear", "CompositeExplicitAutograd")
+def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x [..., in] times a quantized matrix transposed -> [..., out]: made wide and multiplied, in blocks of rows."""
+    rows = max(1, WIDENED // x.shape[-1])
+    parts = [F.linear(x, dequantize(w, s).to(x.dtype))
+             for w, s in zip(weight.split(rows), scale.split(rows), strict=True)]
+    return torch.cat(parts, -1)
+
+
+@torch.library.register_fake("readonce::quantized_linear")
+def _(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+LIBRARY.define("quantized_expert_linear(Tensor x, Tensor weight, Tensor scale, Tensor chosen) -> Tensor")
+
+
+@torch.library.impl(LIBRARY, "quantized_expert_linear", "CompositeExplicitAutograd")
+def quantized_expert_linear(x: Tensor, weight: Tensor, scale: Tensor, chosen: Tensor) -> Tensor:
+    """Row n of x [N, in] times quantized weight[chosen[n]] transposed -> [N, out]. Reads `chosen` back."""
+    return by_expert(x, weight.shape[1], chosen, lambda rows, e: quantized_linear(rows, weight[e], scale[e]))
+
+
+@torch.library.register_fake("readonce::quantized_expert_linear")
+def _(x: Tensor, weight: Tensor, scale: Tensor, chosen: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+# -- packed -----------------------------------------------------------------------------------------------------------
+
+# On a CPU a quantized matrix is laid out anew once it is loaded (ops/cpu.cpp says how), if there is a compiler for the
+# code that reads it. `group` is 0 for int8.
+
+LIBRARY.define("pack(Tensor weight, Tensor scale) -> Tensor")
+LIBRARY.define("unpack_rows(Tensor packed, Tensor rows, int inputs, int group) -> Tensor")
+LIBRARY.define("packed_linear(Tensor x, Tensor packed, int outputs, int group, Tensor? chosen) -> Tensor")
+
+
+@torch.library.register_fake("readonce::unpack_rows")
+def _(packed: Tensor, rows: Tensor, inputs: int, group: int) -> Tensor:
+    return packed.new_empty(*rows.shape, inputs, dtype=torch.float32)
+
+
+@torch.library.register_fake("readonce::packed_linear")
+def _(x: Tensor, packed: Tensor, outputs: int, group: int, chosen: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
