@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from errors import UserError
 
@@ -72,6 +72,28 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How matrices are stored: int8 with a scale for each row, or int4 with one for each group of columns.
+
+    int4 keeps the embedding and the head in int8, unless it is pure.
+    """
+    mode: str  # one of MODES
+    group: int = 32
+
+    MODES: ClassVar[tuple[str, ...]] = ("int8", "int4", "int4-pure")
+    GROUPS: ClassVar[tuple[int, ...]] = (32, 64, 128)
+
+    def __post_init__(self) -> None:
+        if self.mode not in self.MODES:
+            raise UserError(f"unknown quantization mode {self.mode!r}; allowed: {', '.join(self.MODES)}")
+        if self.group not in self.GROUPS:
+            raise UserError(f"group size {self.group} is not supported; allowed: {', '.join(map(str, self.GROUPS))}")
+
+    def __str__(self) -> str:
+        return self.mode if self.mode == "int8" else f"{self.mode} g{self.group}"
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One decoder-only model; the defaults of the optional fields are Llama's.
 
@@ -92,6 +114,7 @@ class ModelConfig:
     scale_embeddings: bool = False  # times sqrt(dim)
     logit_softcap: float | None = None  # logits are softcap * tanh(logits / softcap)
     tie_embeddings: bool = False
+    quantization: Quantization | None = None
     dtype: str = "bfloat16"  # what the checkpoint says it is stored in: bfloat16 | float16 | float32
 
     def __post_init__(self) -> None:

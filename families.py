@@ -14,6 +14,7 @@ from config import (
     DeltaNetConfig,
     ExpertsConfig,
     ModelConfig,
+    Quantization,
     Source,
     checked,
     read_json,
@@ -262,13 +263,23 @@ def config_from_dict(document: dict[str, Any]) -> ModelConfig:
     if text := source.read("text_config", dict, {}):
         tied = {key: document[key] for key in ("tie_word_embeddings",) if document.get(key) is not None}
         source = Source({**document, **text, **tied})
-    quantized = source.read("quantization_config", dict, {})
-    if quantized and not (family is gpt_oss and quantized.get("quant_method") == "mxfp4"):
-        raise UserError(f"config.json has a quantization_config of {quantized.get('quant_method')!r}; checkpoints "
-                        f"quantized by other tools are not supported, take the unquantized one")
+    quantization = read_quantization(source.read("quantization_config", dict, {}), family)
     config = family(source)
     source.finish()
-    return config
+    return replace(config, quantization=quantization)
+
+
+def read_quantization(found: dict[str, Any], family: Callable[[Source], ModelConfig]) -> Quantization | None:
+    """What quantize.py wrote of itself. MXFP4, the format of gpt-oss, is widened while loading, so it counts as none."""
+    method = found.get("quant_method")
+    if not found or (method == "mxfp4" and family is gpt_oss):
+        return None
+    if method != "readonce":
+        raise UserError(f"config.json has a quantization_config of {method!r}; checkpoints quantized by other tools are "
+                        f"not supported, take the unquantized one")
+    if unknown := found.keys() - {"quant_method", "mode", "groupsize", "calibrated"}:
+        raise UserError(f"config.json has {sorted(unknown)[0]!r} in its quantization_config, which is not known here")
+    return Quantization(checked(found, "mode", str), checked(found, "groupsize", int, 32))
 
 
 # -- named shapes -----------------------------------------------------------------------------------------------------

@@ -27,12 +27,14 @@ from torch import Tensor
 import chat
 import device as machine
 import ops
-from config import ModelConfig, read_json
+from checkpoint import resolve_checkpoint
+from config import ModelConfig, Quantization, read_json
 from errors import Parser, UserError, run_command
 from families import config_from_dict, config_of_shape
-from loader import load_weights, random_weights, resolve_checkpoint
+from loader import load_weights, random_weights
 from metrics import Sample, describe, measure
 from model import Transformer
+from quantize import quantize_
 from sampling import Sampling, sample
 from tokenizer import Stream, Tokenizer, load_tokenizer
 
@@ -159,35 +161,49 @@ def blame(model: Transformer) -> str:
     for name, p in model.named_parameters():
         if bad := int((~p.isfinite()).sum()):
             return f"{name} holds {bad} values that are NaN or infinite; get the checkpoint again"
-    dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     return f"all weights are, so activations overflow {dtype}; try --dtype fp32 or bf16"
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
 
-def build(config: ModelConfig, dtype: str, device: torch.device) -> tuple[Transformer, torch.dtype]:
+def build(config: ModelConfig, device: str, dtype: str, quantize: str | None) -> tuple[Transformer, dict]:
+    """The model on the meta device, and how it is to be loaded: device, dtype, and whether into a packed layout.
+
+    Only 16-bit activations are worth a packed layout's rounding of them to 8 bits; float32 is for exactness.
+    """
     machine.require_torch()
-    ops.bind(device.type)
+    if quantize is not None:
+        if config.quantization:
+            raise UserError(f"the checkpoint is quantized already ({config.quantization}); leave --quantize out")
+        config = dataclasses.replace(config, quantization=Quantization(quantize))
+    where = machine.choose_device(device)
+    weights_dtype = machine.choose_dtype(dtype, config.dtype, where)
+    ops.bind(where.type)
     with torch.device("meta"):
         model = Transformer(config).eval()
-    return model, machine.choose_dtype(dtype, config.dtype, device)
+    if config.quantization:
+        quantize_(model, config.quantization)
+    pack = config.quantization is not None and weights_dtype != torch.float32 and ops.packs(where.type)
+    return model, dict(device=where, dtype=weights_dtype, pack=pack)
 
 
-def load_model(checkpoint_path: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of a checkpoint folder or hub repository, ready for `generate`."""
-    where = machine.choose_device(device)
+def load_model(checkpoint_path: str | Path, device: str = "auto", dtype: str = "auto",
+               quantize: str | None = None) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a checkpoint folder or hub repository, ready for `generate`; `quantize` (int8, int4)
+    rounds the weights while loading."""
     folder = resolve_checkpoint(str(checkpoint_path))
-    model, weights_dtype = build(config_from_dict(read_json(folder / "config.json")), dtype, where)
+    model, how = build(config_from_dict(read_json(folder / "config.json")), device, dtype, quantize)
     tokenizer = load_tokenizer(folder)
-    load_weights(model, folder, where, weights_dtype)
+    load_weights(model, folder, rounded=quantize is not None, **how)
     return model, tokenizer
 
 
-def load_random(shape: str, device: str = "auto", dtype: str = "auto", seed: int = 0) -> Transformer:
+def load_random(shape: str, device: str = "auto", dtype: str = "auto", seed: int = 0,
+                quantize: str | None = None) -> Transformer:
     """A model of a named shape, or of a config.json, with random weights."""
-    where = machine.choose_device(device)
-    model, weights_dtype = build(config_of_shape(shape), dtype, where)
-    random_weights(model, where, weights_dtype, seed)
+    model, how = build(config_of_shape(shape), device, dtype, quantize)
+    random_weights(model, seed=seed, **how)
     return model
 
 
@@ -239,6 +255,7 @@ def parser() -> Parser:
     p.add_argument("--compile_prefill", action="store_true", help="compile prefill too (implies --compile)")
     p.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default %(default)s)")
     p.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bf16, fp16 or fp32 (default %(default)s)")
+    p.add_argument("--quantize", metavar="MODE", help=f"round the weights while loading: {', '.join(Quantization.MODES)}")
     p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one more, uncounted, short run")
     p.add_argument("--json", action="store_true", help="end stdout with the numbers as one line of JSON")
     return p
@@ -247,7 +264,7 @@ def parser() -> Parser:
 def load(args) -> tuple[Transformer, Tokenizer | None, list[int]]:
     """What the options ask for: model, tokenizer, prompt ids."""
     if args.random_weights is None:
-        model, tokenizer = load_model(args.checkpoint_path or DEMO, args.device, args.dtype)
+        model, tokenizer = load_model(args.checkpoint_path or DEMO, args.device, args.dtype, args.quantize)
         prompt = DEMO_PROMPT if args.prompt is None else args.prompt
         if not prompt:
             raise UserError("the prompt is empty; give some text with --prompt")
@@ -256,7 +273,7 @@ def load(args) -> tuple[Transformer, Tokenizer | None, list[int]]:
         raise UserError("--random_weights and --checkpoint_path were both given; give one of them")
     if not (args.prompt or "5").isdecimal():
         raise UserError(f"--prompt is {args.prompt!r}; with --random_weights it is a number of synthetic tokens")
-    model = load_random(args.random_weights, args.device, args.dtype, args.seed)
+    model = load_random(args.random_weights, args.device, args.dtype, args.seed, args.quantize)
     generator = torch.Generator().manual_seed(args.seed)
     count = int(args.prompt or "5")
     return model, None, torch.randint(model.config.vocab_size, (count,), generator=generator).tolist()
@@ -346,17 +363,19 @@ def report(args, model: Transformer, samples: list[Sample], load_s: float, compi
         if measured.gb_s is not None:
             measured.bandwidth_pct = 100 * measured.gb_s * 1e9 / bandwidth
     name = args.random_weights or args.checkpoint_path or "demo"
-    dtype = str(model.tok_embeddings.weight.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     cached = f" ({machine.compile_cache_state()} cache)" if compile_s else ""
     threads = torch.get_num_threads()
-    print(f"{name}, {dtype}, on {machine.device_name(model.device)} ({model.device}, {threads} threads, "
+    dtype_shown = f"{dtype}, {model.config.quantization}" if model.config.quantization else dtype
+    print(f"{name}, {dtype_shown}, on {machine.device_name(model.device)} ({model.device}, {threads} threads, "
           f"torch {torch.__version__})\nload {load_s:.2f} s, compile {compile_s:.2f} s{cached}, "
           f"peak memory {(peak or 0) / 1e9:.2f} GB, read bandwidth {bandwidth / 1e9:.1f} GB/s", file=sys.stderr)
     for measured in samples:
         print(describe(measured), file=sys.stderr)
     if args.json:
         print(json.dumps({
-            "model": name, "device": str(model.device), "dtype": dtype, "quantization": None,
+            "model": name, "device": str(model.device), "dtype": dtype,
+            "quantization": str(model.config.quantization) if model.config.quantization else None,
             "torch": torch.__version__, "threads": threads, "load_s": load_s, "compile_s": compile_s,
             "peak_memory_bytes": peak, "bandwidth_gb_s": bandwidth / 1e9,
             "samples": [dataclasses.asdict(s) for s in samples]}))

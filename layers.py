@@ -9,44 +9,87 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ops
+import rounding
 from config import Rope
 
 
-class Linear(nn.Module):
-    """y = x W^T (+ b). Not nn.Linear: its initialisation, useless here, costs a second of imports."""
+class Matrix(nn.Module):
+    """A weight [..., outputs, inputs] and perhaps a bias; as it is, quantized, or packed for its device.
+
+    Not nn.Linear: its initialisation, useless here, costs a second of imports.
+    """
+
+    def __init__(self, *shape: int, bias: bool = False) -> None:
+        super().__init__()
+        self.shape, self.group, self.packed = shape, 0, False
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.scale: nn.Parameter | None = None
+        self.bias = nn.Parameter(torch.empty(shape[:-1])) if bias else None
+
+    def quantize(self, group: int) -> None:
+        """Make room for a quantized weight, int4 in groups of so many columns or, for 0, int8; on the meta device."""
+        self.group, (*rows, inputs) = group, self.shape
+        shape, dtype = ((*rows, inputs // 2), torch.uint8) if group else (self.shape, torch.int8)
+        scales = torch.empty(*rows, inputs // group, dtype=torch.float16) if group else torch.empty(rows)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+        self.scale = nn.Parameter(scales, requires_grad=False)
+
+    def round(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [..., inputs] of the weight as rows of a quantized one and of its scale."""
+        return rounding.to_int4(rows, self.group) if self.group else rounding.to_int8(rows)
+
+    def pack(self) -> None:
+        """Lay a quantized weight out as this device reads it best, once it is loaded."""
+        if self.scale is not None:
+            packed = torch.ops.readonce.pack(self.weight, self.scale)
+            self.weight, self.scale, self.packed = nn.Parameter(packed, requires_grad=False), None, True
+
+    def share(self, other: "Matrix") -> None:
+        """Be another name for the same weight."""
+        self.weight, self.scale, self.group, self.packed = other.weight, other.scale, other.group, other.packed
+
+    def times(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """x [..., inputs] -> [..., outputs]; with `chosen` [N], row n of x by that matrix of several."""
+        if self.packed:
+            y = torch.ops.readonce.packed_linear(x, self.weight, self.shape[-2], self.group, chosen)
+        elif chosen is None:
+            y = ops.linear(x, self.weight, self.scale)
+        else:
+            y = ops.expert_linear(x, self.weight, chosen, self.scale)
+        if self.bias is None:
+            return y
+        return y + (self.bias.to(y.dtype) if chosen is None else self.bias[chosen])
+
+
+class Linear(Matrix):
+    """y = x W^T (+ b)."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        super().__init__(outputs, inputs, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., inputs] -> [..., outputs]
-        y = ops.linear(x, self.weight)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.times(x)
 
 
-class ExpertLinear(nn.Module):
+class ExpertLinear(Matrix):
     """One matrix per expert; each row of x goes through the one chosen for it."""
 
     def __init__(self, experts: int, inputs: int, outputs: int, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(experts, outputs)) if bias else None
+        super().__init__(experts, outputs, inputs, bias=bias)
 
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # [N, inputs], int64 [N] -> [N, outputs]
-        y = ops.expert_linear(x, self.weight, chosen)
-        return y if self.bias is None else y + self.bias[chosen]
+        return self.times(x, chosen)
 
 
-class Embedding(nn.Module):
+class Embedding(Matrix):
     """Rows of a table [V, D]."""
 
-    def __init__(self, vocab_size: int, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
-
-    def forward(self, tokens: Tensor) -> Tensor:  # [B, S] -> [B, S, D]
-        return F.embedding(tokens, self.weight)
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:  # [B, S] -> [B, S, D]
+        if self.packed:
+            return torch.ops.readonce.unpack_rows(self.weight, tokens, self.shape[-1], self.group).to(dtype)
+        if self.scale is None:
+            return F.embedding(tokens, self.weight)
+        return ops.dequantize(F.embedding(tokens, self.weight), self.scale[tokens]).to(dtype)
 
 
 def normalize(x: Tensor, eps: float) -> Tensor:

@@ -1,238 +1,30 @@
-"""Weights from a Hugging Face folder: found, checked, then read by mmap straight into the fused layout of model.py.
+"""Weights from a Hugging Face folder, checked and read straight into the fused layout of model.py.
 
 Nothing is converted or written: names are translated, q/k/v and gate/up are joined, dtypes are widened or narrowed on
-the way in. Every name, shape and dtype is checked against the headers before the first byte of a weight is read.
+the way in, and numbers rounded if the model is quantized and the folder is not. Every name, shape and dtype is checked
+against the headers before the first byte of a weight is read.
 """
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import device as machine
-from config import read_json
+from checkpoint import QUANTIZED, Checkpoint, Stored, is_column, matrix
 from errors import UserError
 
-# Our parameter -> the tensors of the file that make it up, stacked along their leading dimensions. Files differ: the
-# first line whose tensors are all there counts. {e} runs over the experts.
-NAMES: dict[str, list[list[str]]] = {
-    r"tok_embeddings.weight": [["model.embed_tokens.weight"]],
-    r"output.weight": [["lm_head.weight"]],
-    r"norm.weight": [["model.norm.weight"]],
-}
-BLOCK_NAMES: dict[str, list[list[str]]] = {  # behind layers.N. on both sides
-    "attention_norm.weight": [["input_layernorm.weight"]],
-    "scalar": [["layer_scalar"]],
-    "attention_post_norm.weight": [["post_attention_layernorm.weight"]],
-    "ffn_norm.weight": [["pre_feedforward_layernorm.weight"], ["post_attention_layernorm.weight"]],
-    "ffn_post_norm.weight": [["post_feedforward_layernorm.weight"]],
-    "attention.wqkv.weight": [[f"self_attn.{x}_proj.weight" for x in part] for part in ("qkv", "qk")],
-    "attention.wqkv.bias": [[f"self_attn.{x}_proj.bias" for x in "qkv"]],
-    "attention.q_norm.weight": [["self_attn.q_norm.weight"]],
-    "attention.k_norm.weight": [["self_attn.k_norm.weight"]],
-    "attention.sinks": [["self_attn.sinks"]],
-    "attention.wo.bias": [["self_attn.o_proj.bias"]],
-    "attention.wo.weight": [["self_attn.o_proj.weight"], ["linear_attn.out_proj.weight"]],
-    "attention.w_qkvz.weight": [["linear_attn.in_proj_qkv.weight", "linear_attn.in_proj_z.weight"]],
-    "attention.w_ba.weight": [["linear_attn.in_proj_b.weight", "linear_attn.in_proj_a.weight"]],
-    "attention.conv": [["linear_attn.conv1d.weight"]],
-    "attention.A_log": [["linear_attn.A_log"]],
-    "attention.dt_bias": [["linear_attn.dt_bias"]],
-    "attention.norm.weight": [["linear_attn.norm.weight"]],
-    "feed_forward.w13.weight": [
-        ["mlp.gate_proj.weight", "mlp.up_proj.weight"], ["mlp.experts.gate_up_proj"],
-        ["mlp.experts.gate_up_proj_blocks", "mlp.experts.gate_up_proj_scales"],
-        ["mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"],
-        ["block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight"]],
-    "feed_forward.w2.weight": [
-        ["mlp.down_proj.weight"], ["mlp.experts.down_proj"], ["mlp.experts.{e}.down_proj.weight"],
-        ["mlp.experts.down_proj_blocks", "mlp.experts.down_proj_scales"], ["block_sparse_moe.experts.{e}.w2.weight"]],
-    "feed_forward.router.weight": [["mlp.gate.weight"], ["block_sparse_moe.gate.weight"], ["mlp.router.weight"]],
-    "feed_forward.shared.w13.weight": [["mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"]],
-    "feed_forward.shared.w2.weight": [["mlp.shared_expert.down_proj.weight"]],
-    "feed_forward.shared_gate.weight": [["mlp.shared_expert_gate.weight"]],
-    "feed_forward.router.bias": [["mlp.router.bias"]],  # gpt-oss
-    "feed_forward.w13.bias": [["mlp.experts.gate_up_proj_bias"]],
-    "feed_forward.w2.bias": [["mlp.experts.down_proj_bias"]],
-    "feed_forward.dense_norm.weight": [["pre_feedforward_layernorm.weight"]],  # Gemma 4
-    "feed_forward.dense_post_norm.weight": [["post_feedforward_layernorm_1.weight"]],
-    "feed_forward.dense.w13.weight": [["mlp.gate_proj.weight", "mlp.up_proj.weight"]],
-    "feed_forward.dense.w2.weight": [["mlp.down_proj.weight"]],
-    "feed_forward.experts_norm.weight": [["pre_feedforward_layernorm_2.weight"]],
-    "feed_forward.experts_post_norm.weight": [["post_feedforward_layernorm_2.weight"]],
-    "feed_forward.router_norm.weight": [["router.scale"]],
-    "feed_forward.expert_scale": [["router.per_expert_scale"]],
-    "feed_forward.experts.router.weight": [["router.proj.weight"]],
-    "feed_forward.experts.w13.weight": [["experts.gate_up_proj"]],
-    "feed_forward.experts.w2.weight": [["experts.down_proj"]],
-}
-# The text half of a model that also sees or hears stands under one of these; its other halves, the heads that draft
-# further tokens, and tables that are recomputed from the config are not read.
-PREFIX = re.compile(r"(model\.language_model\.|language_model\.model\.|language_model\.(?=lm_head\.))")
-SKIPPED = re.compile(r"(model\.)?(visual|vision_tower|vision_model|vision_embedder|audio_tower|audio_model|"
-                     r"embed_vision|embed_audio|multi_modal_projector|mtp)\..*|.*\.rotary_emb\.inv_freq")
-STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-RESIDENT = 16 << 20  # bytes of a file that may stay mapped while reading
-MXFP4 = re.compile(r".*_(blocks|scales)")  # two numbers to a byte, and their exponents
+# -- what is read from where ------------------------------------------------------------------------------------------
 
-# What a run reads of a hub repository; everything else stays there.
-HUB = dict(allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"],
-           ignore_patterns=["*/*", "consolidated*"])  # the same weights again, in their makers' own layout
+def plan(model: nn.Module, checkpoint: Checkpoint, rounded: bool = False) -> dict[str, list[str]]:
+    """Parameter -> the tensors it is read from. Missing, extra or wrongly shaped tensors are errors that name them.
 
-
-# -- finding the folder -----------------------------------------------------------------------------------------------
-
-def resolve_checkpoint(path: str) -> Path:
-    """A folder as it is; else ORG/NAME from the local hub cache, or downloaded into it with a progress bar."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{path} is a file; give the checkpoint's folder")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or folder.parent.is_dir():
-        raise UserError(f"there is no folder {path}; give a checkpoint folder or a hub repository as ORG/NAME")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-    try:
-        return Path(snapshot_download(path, local_files_only=True, **HUB))
-    except LocalEntryNotFoundError:  # absent, or a download that was cut short
-        return download(path)
-
-
-def download(repo: str, folder: Path | None = None) -> Path:
-    """The config, tokenizer and safetensors of a hub repository, into `folder` or the hub's cache; resumes."""
-    from huggingface_hub import errors as hub
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(repo, local_dir=folder, **HUB))
-    except hub.GatedRepoError:
-        raise UserError(f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then run "
-                        f"`hf auth login` (or set HF_TOKEN) and try again") from None
-    except hub.RepositoryNotFoundError:
-        raise UserError(f"the hub has no repository {repo}, or it is private; check the name, and `hf auth login` "
-                        f"if it is yours") from None
-    except hub.HFValidationError as e:
-        raise UserError(f"{repo!r} is not a repository name ({e}); expected ORG/NAME") from None
-    except (hub.LocalEntryNotFoundError, hub.HTTPError, OSError) as e:
-        reason = str(e).strip().splitlines()
-        raise UserError(f"{repo} could not be downloaded ({reason[0] if reason else type(e).__name__}); "
-                        f"run again to resume, or give a local folder") from None
-
-
-# -- the files --------------------------------------------------------------------------------------------------------
-
-class Stored(NamedTuple):
-    """A tensor of a file."""
-    path: Path
-    name: str  # in the file
-    shape: tuple[int, ...]
-
-
-def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A shape as that of a matrix: leading dimensions as rows, a vector as a column."""
-    width = shape[-1] if len(shape) > 1 else 1
-    return math.prod(shape[:-1] if len(shape) > 1 else shape), width
-
-
-class Checkpoint:
-    """The text model's tensors of a folder, without prefix. Opens files only while reading them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.tensors: dict[str, Stored] = {}
-        self.held: tuple[Path, safe_open] | None = None  # the file being read
-        self.resident = 0  # bytes read since it was opened
-        listed = self.shards()
-        for path, names in listed.items():
-            with self.open(path) as file:
-                present = set(file.keys())
-                for name in names if names is not None else sorted(present):
-                    if name not in present:
-                        raise UserError(f"{folder / 'model.safetensors.index.json'} says {path.name} holds {name}, "
-                                        f"which it does not; download the folder again")
-                    if not SKIPPED.fullmatch(name):
-                        self.add(path, name, file.get_slice(name))
-
-    def add(self, path: Path, name: str, part) -> None:
-        if part.get_dtype() not in STORED and not (part.get_dtype() == "U8" and MXFP4.fullmatch(name)):
-            raise UserError(f"{path.name}: {name} has dtype {part.get_dtype()}; supported: {', '.join(STORED)}")
-        plain = PREFIX.sub("", name)
-        if plain != name and not plain.startswith("lm_head."):
-            plain = f"model.{plain}"
-        self.tensors[plain] = Stored(path, name, tuple(part.get_shape()))
-
-    def shards(self) -> dict[Path, list[str] | None]:
-        """File -> the tensors the index expects in it (None: whatever it holds)."""
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            document = read_json(index)
-            table = document.get("weight_map") if isinstance(document, dict) else None
-            if not isinstance(table, dict) or not table:
-                raise UserError(f"{index} has no weight_map; download it again")
-            by_file: dict[Path, list[str] | None] = {}
-            for name, shard in table.items():
-                if not isinstance(shard, str) or shard in ("", ".", "..") or re.search(r"[/\\]", shard):
-                    raise UserError(f"{index} places {name} in {shard!r}; only files of the same folder are allowed")
-                if not (self.folder / shard).is_file():
-                    raise UserError(f"{index} names {shard}, which is not in {self.folder}; download it again")
-                by_file.setdefault(self.folder / shard, []).append(name)
-            return by_file
-        if (self.folder / "model.safetensors").is_file():
-            return {self.folder / "model.safetensors": None}
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in self.folder.glob(pattern))
-        if pickles:
-            raise UserError(f"{self.folder} holds {pickles[0]}: a pickle, which can run code when opened, is refused; "
-                            f"use the safetensors version of this checkpoint")
-        raise UserError(f"{self.folder} has no weights; expected model.safetensors or model.safetensors.index.json")
-
-    def open(self, path: Path) -> safe_open:
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{path} is damaged or no safetensors file ({e}); download it again") from None
-
-    def file_of(self, stored: Stored, size: int) -> safe_open:
-        """The tensor's file, to read `size` bytes of it. Every page read stays resident until the map is closed, and
-        opening means parsing a header of thousands of names: so it is opened anew now and then."""
-        if self.held is None or self.held[0] != stored.path or self.resident + size > RESIDENT:
-            self.held = None  # closed before the next is opened
-            self.held, self.resident = (stored.path, self.open(stored.path)), 0
-        self.resident += size
-        return self.held[1]
-
-    def copy(self, name: str, target: torch.Tensor) -> None:
-        """Read one tensor into `target`, of as many numbers in the same order."""
-        stored = self.tensors[name]
-        target.copy_(self.file_of(stored, target.nbytes).get_tensor(stored.name).view_as(target))
-
-    def part(self, name: str, i: int) -> torch.Tensor:
-        """The i-th of the tensor's leading dimension."""
-        stored = self.tensors[name]
-        return self.file_of(stored, 4 * math.prod(stored.shape[1:])).get_slice(stored.name)[i]
-
-    def sources(self, parameter: str, experts: int) -> list[str]:
-        """The tensors that make up one of our parameters; those of the table's first line if none are there."""
-        layer = re.match(r"layers\.\d+\.", parameter)
-        prefix = layer[0] if layer else ""
-        lines = (BLOCK_NAMES if layer else NAMES)[parameter.removeprefix(prefix)]
-        lines = [[f"model.{prefix}{name}" if layer else name for name in line] for line in lines]
-        lines = [[name.format(e=e) for e in range(experts) for name in line] if "{e}" in line[0] else line
-                 for line in lines if experts or "{e}" not in line[0]]
-        for enough in (all, any):  # a line that is there in part is what an incomplete file was meant to have
-            for line in lines:
-                if enough(name in self.tensors for name in line):
-                    return line
-        return lines[0]
-
-
-def plan(model: nn.Module, checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """Parameter -> the tensors it is read from. Missing, extra or wrongly shaped tensors are errors that name them."""
+    `rounded`: the model is quantized and the file is not; a scale is then read from nothing.
+    """
     experts = model.config.experts.n_experts if model.config.experts else 0
-    found = {name: checkpoint.sources(name, experts) for name, _ in model.named_parameters()}
+    parameters = {name: p for name, p in model.named_parameters() if not (rounded and name.endswith(".scale"))}
+    found = {name: checkpoint.sources(name, experts) for name in parameters}
     expected = {name for names in found.values() for name in names}
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()  # some exports repeat the embedding
     extra = sorted(stored.name for name, stored in checkpoint.tensors.items() if name not in expected | tied)
@@ -242,26 +34,40 @@ def plan(model: nn.Module, checkpoint: Checkpoint) -> dict[str, list[str]]:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(f"{checkpoint.folder} {problem} tensors {', '.join(names[:3])}{more}; "
                             f"the weights do not belong to this config.json")
-    for parameter, p in model.named_parameters():
+    for parameter, p in parameters.items():
         parts = [checkpoint.tensors[name] for name in found[parameter]]
-        if turned(model, parameter):
-            check_turned(parts, p)
-            continue
-        rows, width = matrix(p.shape)
-        shapes = [matrix(part.shape) for part in parts]
-        if any(w != width for _, w in shapes) or sum(r for r, _ in shapes) != rows:
-            more = f" (and {len(parts) - 3} more)" if len(parts) > 3 else ""
-            raise UserError(f"{checkpoint.folder}: {' + '.join(part.name for part in parts[:3])}{more} has shape "
-                            f"{' + '.join(str(list(part.shape)) for part in parts[:3])}; config.json wants "
-                            f"{list(p.shape)} in all")
+        shape = model.get_submodule(parameter.rpartition(".")[0]).shape if rounded and p.dtype in QUANTIZED.values() \
+            else p.shape
+        check(checkpoint.folder, parts, p if shape == p.shape else torch.empty(shape, device="meta"),
+              is_column(parameter, p), turned(model, checkpoint, parameter))
     return found
+
+
+def check(folder: Path, parts: list[Stored], p: torch.Tensor, column: bool, is_turned: bool) -> None:
+    """That tensors of a file have together the shape of a parameter, and numbers of its kind."""
+    if is_turned:
+        return check_turned(parts, p)
+    rows, width = matrix(tuple(p.shape), column)
+    shapes = [matrix(part.shape, column) for part in parts]
+    named = " + ".join(part.name for part in parts[:3]) + (f" (and {len(parts) - 3} more)" if len(parts) > 3 else "")
+    if any(w != width for _, w in shapes) or sum(r for r, _ in shapes) != rows:
+        raise UserError(f"{folder}: {named} has shape {' + '.join(str(list(part.shape)) for part in parts[:3])}; "
+                        f"config.json wants {list(p.shape)} in all")
+    kinds = {part.dtype for part in parts}
+    if any(QUANTIZED.get(kind, torch.float32) != (p.dtype if p.dtype in QUANTIZED.values() else torch.float32)
+           for kind in kinds):
+        raise UserError(f"{folder}: {named} has dtype {', '.join(sorted(kinds))}, not what config.json says of its "
+                        f"quantization")
 
 
 # -- gpt-oss ----------------------------------------------------------------------------------------------------------
 
-def turned(model: nn.Module, parameter: str) -> bool:
+def turned(model: nn.Module, checkpoint: Checkpoint, parameter: str) -> bool:
     """Whether the file holds the experts as gpt-oss has them: [in, out] or packed, rows of gate and up taking turns."""
-    return bool(model.config.experts and model.config.experts.bias and re.search(r"\.w(13|2)\.", parameter))
+    if not (model.config.experts and model.config.experts.bias and re.search(r"\.w(13|2)\.", parameter)):
+        return False
+    name = checkpoint.sources(parameter, model.config.experts.n_experts)[0]
+    return parameter.endswith("bias") or (f"{name}_scale" not in checkpoint.tensors and not name.endswith("_scale"))
 
 
 def check_turned(parts: list[Stored], p: torch.Tensor) -> None:
@@ -273,12 +79,12 @@ def check_turned(parts: list[Stored], p: torch.Tensor) -> None:
             raise UserError(f"{part.path}: {part.name} has shape {list(part.shape)}; config.json wants {list(shape)}")
 
 
-def read_turned(checkpoint: Checkpoint, names: list[str], target: torch.Tensor) -> None:
-    """Fill target [E, out, in] or [E, out], an expert at a time; rows of gate and up, where they are, in two halves."""
-    for e in range(len(target)):
+def read_turned(checkpoint: Checkpoint, names: list[str]) -> Iterator[torch.Tensor]:
+    """An expert at a time, [out, in] or [out]; rows of gate and up, where they are, in two halves."""
+    for e in range(checkpoint.tensors[names[0]].shape[0]):
         parts = [checkpoint.part(name, e) for name in names]
         part = widen_mxfp4(*parts) if len(parts) == 2 else parts[0].mT if parts[0].dim() == 2 else parts[0]
-        target[e].copy_(torch.cat([part[0::2], part[1::2]]) if "gate_up_proj" in names[0] else part)
+        yield torch.cat([part[0::2], part[1::2]]) if "gate_up_proj" in names[0] else part
 
 
 def widen_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -294,58 +100,136 @@ def widen_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 # -- into the model ---------------------------------------------------------------------------------------------------
 
-def materialize(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Replace each meta parameter by memory on `device`, one at a time, and hand it out to be filled.
+def materialize(model: nn.Module, device: torch.device, dtype: torch.dtype,
+                pack: bool = False) -> Iterator[tuple[str, nn.Module, dict[str, torch.Tensor]]]:
+    """Replace meta parameters by memory on `device`, the few of one module at a time, and hand them out to be filled:
+    (name, module, its tensors by name). With `pack`, what was filled gets the device's layout.
 
     Vectors are float32 whatever the dtype: norms, biases and decays, which are computed with as such and weigh nothing.
     """
-    for name, p in list(model.named_parameters()):
-        tensor = machine.empty(tuple(p.shape), torch.float32 if p.dim() == 1 else dtype, device)
-        yield name, tensor
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-    model.settle()
+    seen: set[int] = set()  # a tied head is filled with the embedding
+    for name, module in list(model.named_modules()):
+        own = {leaf: p for leaf, p in module.named_parameters(recurse=False) if id(p) not in seen}
+        seen |= {id(p) for p in own.values()}
+        if not own:
+            continue
+        tensors = {leaf: machine.empty(tuple(p.shape), kept_dtype(leaf, p, dtype), device) for leaf, p in own.items()}
+        yield name, module, tensors
+        for leaf, tensor in tensors.items():
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+        if pack and "scale" in tensors:
+            module.pack()
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer.to(device))
 
 
-def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Fill a model built on the meta device. Peak memory: the weights plus one tensor of the file."""
+def kept_dtype(leaf: str, p: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    if leaf == "scale" or not p.is_floating_point():
+        return p.dtype
+    return torch.float32 if p.dim() == 1 else dtype
+
+
+def needed_memory(model: nn.Module, dtype: torch.dtype) -> int:
+    return sum(p.numel() * kept_dtype(name.rpartition(".")[2], p, dtype).itemsize
+               for name, p in model.named_parameters())
+
+
+def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype, rounded: bool = False,
+                 pack: bool = False) -> None:
+    """Fill a model built on the meta device. Peak memory: the weights plus one tensor of the file.
+
+    `rounded`: the model is quantized and the folder is not, so its numbers are rounded on the way in. `pack`: quantized
+    matrices get the device's layout.
+    """
     checkpoint = Checkpoint(folder)
-    found = plan(model, checkpoint)
-    machine.require_memory(sum(p.numel() for p in model.parameters()) * dtype.itemsize, device)
-    for parameter, tensor in materialize(model, device, dtype):
-        if turned(model, parameter):
-            read_turned(checkpoint, found[parameter], tensor)
-            continue
-        row, target = 0, tensor.view(matrix(tensor.shape))
-        for name in found[parameter]:
-            rows, _ = matrix(checkpoint.tensors[name].shape)
-            checkpoint.copy(name, target[row:row + rows])
-            row += rows
+    found = plan(model, checkpoint, rounded)
+    machine.require_memory(needed_memory(model, dtype), device)
+    load_module(model, "", checkpoint, found, device, dtype, pack)
+    model.settle(dtype)
+
+
+def load_module(model: nn.Module, prefix: str, checkpoint: Checkpoint, found: dict[str, list[str]],
+                device: torch.device, dtype: torch.dtype, pack: bool = False) -> None:
+    """Fill the part of a model under `prefix` ("" or "layers.3.") as `plan` found it."""
+    for name, module, tensors in materialize(model.get_submodule(prefix.removesuffix(".")), device, dtype, pack):
+        for leaf, tensor in tensors.items():
+            parameter = f"{prefix}{name}.{leaf}" if name else f"{prefix}{leaf}"
+            if leaf == "weight" and "scale" in tensors and f"{parameter.removesuffix('weight')}scale" not in found:
+                fill_rounded(module, tensors, blocks(model, checkpoint, found, parameter), device)
+            elif parameter in found:
+                fill(model, checkpoint, found, parameter, tensor)
     checkpoint.held = None
 
 
-def random_weights(model: nn.Module, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
+def fill(model: nn.Module, checkpoint: Checkpoint, found: dict[str, list[str]], parameter: str,
+         target: torch.Tensor) -> None:
+    """Read one parameter as it is, tensor by tensor of the file."""
+    if turned(model, checkpoint, parameter):
+        for part, expert in zip(read_turned(checkpoint, found[parameter]), target, strict=True):
+            expert.copy_(part)
+        return
+    column = is_column(parameter, target)
+    row, target = 0, target.view(matrix(tuple(target.shape), column))
+    for name in found[parameter]:
+        rows, _ = matrix(checkpoint.tensors[name].shape, column)
+        checkpoint.copy(name, target[row:row + rows])
+        row += rows
+
+
+def blocks(model: nn.Module, checkpoint: Checkpoint, found: dict[str, list[str]],
+           parameter: str) -> Iterator[torch.Tensor]:
+    """A matrix, or several on top of each other, in blocks of rows [r, inputs] as the file has them."""
+    if turned(model, checkpoint, parameter):
+        yield from read_turned(checkpoint, found[parameter])
+    for name in () if turned(model, checkpoint, parameter) else found[parameter]:
+        yield from checkpoint.rows(name)
+
+
+def fill_rounded(module: nn.Module, tensors: dict[str, torch.Tensor], rows: Iterator[torch.Tensor],
+                 device: torch.device) -> None:
+    """Round rows as they come into the weight and the scale of a quantized matrix."""
+    weight = tensors["weight"].flatten(0, -2)
+    scale = tensors["scale"].view(len(weight), *([-1] if module.group else []))
+    start = 0
+    for block in rows:
+        part = slice(start, start := start + len(block))
+        for target, values in zip((weight, scale), module.round(block.to(device)), strict=True):
+            target[part].copy_(values)
+
+
+def random_weights(model: nn.Module, device: torch.device, dtype: torch.dtype, seed: int = 0,
+                   pack: bool = False) -> None:
     """Fill a model built on the meta device with reproducible weights that keep activations near unit size.
 
-    Values repeat from one pool: drawing billions of normal numbers takes minutes, copying them seconds, and speed
-    depends on neither (all-zero or denormal weights it would depend on).
+    Values repeat from one pool: drawing billions of numbers takes minutes, copying them seconds, and speed depends on
+    neither (all-zero or denormal weights it would depend on).
     """
-    machine.require_memory(sum(p.numel() for p in model.parameters()) * dtype.itemsize, device)
-    pool = torch.randn((1 << 22) + 7, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-    offset = 0
-    for name, tensor in materialize(model, device, dtype):
-        if tensor.dim() == 1:  # norms multiply by one, biases add nothing
-            owner = model.get_submodule(name.rpartition(".")[0])
-            tensor.fill_(0.0 if "bias" in name else 1.0 - getattr(owner, "offset", 0.0))
-            continue
-        flat = tensor.view(-1)
-        for start in range(0, len(flat), len(pool)):
-            part = flat[start:start + len(pool)]
-            split = min(len(part), len(pool) - offset)
-            part[:split] = pool[offset:offset + split]
-            part[split:] = pool[:len(part) - split]
-            offset = (offset + len(part) + 12345) % len(pool)
-        flat.mul_(tensor.shape[-1] ** -0.5)
+    machine.require_memory(needed_memory(model, dtype), device)
+    normal = torch.randn((1 << 22) + 7, generator=torch.Generator().manual_seed(seed))
+    pools = {dtype: normal.to(device, dtype), torch.int8: (normal * 40).round().clamp(-127, 127).to(device, torch.int8),
+             torch.uint8: ((normal * 2.5).round().clamp(-8, 7) * 17 + 136).to(device, torch.uint8)}  # both halves alike
+    unit, offset = {torch.int8: 1 / 40, torch.uint8: 1 / 2.5}, 0
+    for _, module, tensors in materialize(model, device, dtype, pack):
+        for leaf, tensor in tensors.items():
+            size = getattr(module, "shape", tensor.shape)[-1] ** -0.5  # of a number, so that a row's sum is near 1
+            if leaf == "scale":
+                tensor.fill_(unit[tensors["weight"].dtype] * size)
+            elif tensor.dim() == 1:  # norms multiply by one, biases add nothing
+                tensor.fill_(0.0 if "bias" in leaf else 1.0 - getattr(module, "offset", 0.0))
+            else:
+                offset = repeat(pools[tensor.dtype], tensor.view(-1), offset)
+                if tensor.is_floating_point():
+                    tensor.mul_(size)
+    model.settle(dtype)
+
+
+def repeat(pool: torch.Tensor, flat: torch.Tensor, offset: int) -> int:
+    """Fill `flat` from the pool, from `offset` on and each time from another place; where to go on."""
+    for start in range(0, len(flat), len(pool)):
+        part = flat[start:start + len(pool)]
+        split = min(len(part), len(pool) - offset)
+        part[:split] = pool[offset:offset + split]
+        part[split:] = pool[:len(part) - split]
+        offset = (offset + len(part) + 12345) % len(pool)
+    return offset

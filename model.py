@@ -238,17 +238,18 @@ class Transformer(nn.Module):
         self.output = Linear(config.dim, config.vocab_size)
         self.first = {kind: config.layer_types.index(kind) for kind in config.layer_types}  # a layer of each kind
         self.cache_size = (0, 0, 0)  # batch, positions, rewind
-        self.settle()
+        self.settle(torch.float32)
 
-    def settle(self) -> None:
-        """What depends on the weights at hand; to be called when they were replaced.
+    def settle(self, dtype: torch.dtype) -> None:
+        """What depends on the weights at hand, and on the dtype of activations; to be called when they were replaced.
 
         A tied head is the same Parameter as the embedding: stored, moved and counted once. The embeddings' scale is
         rounded as its product was in training; a number, since a tensor on another device could not be in a CUDA graph.
         """
+        self.dtype = dtype
         if self.config.tie_embeddings:
-            self.output.weight = self.tok_embeddings.weight
-        scale = torch.tensor(self.config.dim ** 0.5, dtype=self.tok_embeddings.weight.dtype, device="cpu").item()
+            self.output.share(self.tok_embeddings)
+        scale = torch.tensor(self.config.dim ** 0.5, dtype=dtype, device="cpu").item()
         self.embedding_scale = scale if self.config.scale_embeddings else None
 
     @property
@@ -273,7 +274,7 @@ class Transformer(nn.Module):
         if have[0] == batch and have[1] >= length and have[2] >= rewind:
             return
         for layer in self.layers:
-            layer.attention.setup_cache(batch, length, rewind, self.tok_embeddings.weight.dtype, self.device)
+            layer.attention.setup_cache(batch, length, rewind, self.dtype, self.device)
         self.cache_size = (batch, length, rewind)
 
     def rewind(self, n: int) -> bool:
@@ -290,13 +291,22 @@ class Transformer(nn.Module):
 
         The caches take in these tokens; all positions before them must have been taken in by earlier calls.
         """
+        return self.logits(self.hidden(tokens, positions)[:, -1])
+
+    def hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The last block's output for every token, [B, S, D]."""
         calls = {kind: self.layers[i].attention.prepare(positions) for kind, i in self.first.items()}
-        x = self.tok_embeddings(tokens)  # [B, S, D]
-        if self.embedding_scale:
-            x = x * self.embedding_scale
+        x = self.embed(tokens)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             x = layer(x, calls[kind])
-        logits, cap = self.output(self.norm(x[:, -1])), self.config.logit_softcap
+        return x
+
+    def embed(self, tokens: Tensor) -> Tensor:  # [B, S] -> [B, S, D]
+        x = self.tok_embeddings(tokens, self.dtype)
+        return x * self.embedding_scale if self.embedding_scale else x
+
+    def logits(self, x: Tensor) -> Tensor:  # hidden [..., D] -> [..., V]
+        logits, cap = self.output(self.norm(x)), self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def weight_bytes_per_token(self) -> int:
@@ -304,15 +314,15 @@ class Transformer(nn.Module):
         ones, of all else everything."""
         total = sum(p.nbytes for p in self.parameters())
         if not self.config.tie_embeddings:
-            table = self.tok_embeddings.weight
-            total -= table.nbytes - table[0].nbytes
+            table = sum(p.nbytes for p in self.tok_embeddings.parameters())
+            total -= table - table // self.config.vocab_size
         for module in self.modules():
             if isinstance(module, ExpertLinear):
-                total -= (self.config.experts.n_experts - self.config.experts.n_active) * module.weight[0].nbytes
+                idle = self.config.experts.n_experts - self.config.experts.n_active
+                total -= idle * sum(p[0].nbytes for p in module.parameters())
         return total
 
     def cache_bytes(self, positions: float) -> int:
         """Bytes of caches that a row of so many positions needs, and that the token after them reads."""
-        itemsize = self.tok_embeddings.weight.dtype.itemsize
-        return int(sum(layer.attention.cache_bytes(positions, itemsize) for layer in self.layers))
+        return int(sum(layer.attention.cache_bytes(positions, self.dtype.itemsize) for layer in self.layers))
 

@@ -35,15 +35,22 @@ def bind(device_type: str) -> None:
         importlib.import_module("ops.mps")
 
 
+def packs(device_type: str) -> bool:
+    """Whether quantized matrices get a layout of their own on such a device. Builds the code for it, once."""
+    return device_type == "cpu" and importlib.import_module("ops.cpu").load()
+
+
 # -- linear -----------------------------------------------------------------------------------------------------------
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., in] times weight [out, in] transposed -> [..., out].
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x [..., in] times weight [out, in] transposed -> [..., out]; with a scale, of a quantized weight.
 
     For one row of bfloat16 on a CPU with AVX-512 the vector goes to the right of the matrix: PyTorch then takes a
     matrix-vector kernel, which streams a large weight about 1.4 times faster than the matrix-matrix one behind
     F.linear, but starts 20 us later: below a megabyte that is not worth it. (Without AVX-512 it is six times slower.)
     """
+    if scale is not None:
+        return torch.ops.readonce.quantized_linear(x, weight, scale)
     if x.device.type != "cpu" or weight.dtype == torch.float32:
         return F.linear(x, weight)
     if x.numel() != x.shape[-1]:
@@ -85,12 +92,14 @@ def lacks_bfloat16() -> bool:
 EXPERT_ROWS = 64  # up to so many rows a GPU reads an expert's matrix anew for each; a batch of 8 with 8 experts has 64
 
 
-def expert_linear(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+def expert_linear(x: Tensor, weight: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
     """Row n of x [N, in] times weight[chosen[n]] [out, in] transposed -> [N, out]; only chosen matrices are read.
 
     For a few rows off the CPU: a product and a sum, which the compiler makes one kernel that reads the matrices where
     they lie, and which never waits for the device (a matmul would first gather them).
     """
+    if scale is not None:
+        return torch.ops.readonce.quantized_expert_linear(x, weight, scale, chosen)
     if x.device.type != "cpu" and x.shape[0] <= EXPERT_ROWS:
         return (weight[chosen] * x[:, None]).sum(-1, dtype=torch.float32).to(x.dtype)
     return torch.ops.readonce.grouped_linear(x, weight, chosen)
@@ -123,9 +132,9 @@ def _(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
 # -- quantized --------------------------------------------------------------------------------------------------------
 
 # Two formats, told apart by the dtype of the weight:
-#   int8  weight int8 [..., out, in], scale float32 [..., out]:           w = weight * scale
-#   int4  weight uint8 [..., out, in / 2], scale float16 [..., out, in / g]: w = (nibble - 8) * scale; the even column is
-#         in the low half of a byte, the odd one in the high half; a scale serves g columns, 32, 64 or 128
+#   int8  weight int8 [..., out, in], scale float32 [..., out]:              w = weight * scale
+#   int4  weight uint8 [..., out, in / 2], scale float16 [..., out, in / g]: w = (nibble - 8) * scale, a scale for
+#         g = 32, 64 or 128 columns; of a byte, the low half is the even column, the high half the odd one
 
 def pack_int4(q: Tensor) -> Tensor:
     """Whole numbers -8 .. 7 [..., in] -> bytes [..., in / 2]."""

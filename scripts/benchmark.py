@@ -172,7 +172,7 @@ def run(args, model: Transformer) -> list[dict]:
         moved = statistics.median(s.gb_s for s in runs)
         rows.append({
             "system": name, "model": args.random_weights or args.checkpoint_path or "demo",
-            "dtype": str(model.tok_embeddings.weight.dtype).removeprefix("torch."), "prompt_tokens": args.prompt_length,
+            "dtype": str(model.dtype).removeprefix("torch."), "prompt_tokens": args.prompt_length,
             "new_tokens": args.new_tokens, "decode_tok_s": statistics.median(speeds), "decode_tok_s_all": speeds,
             "ttft_s": statistics.median(s.ttft_s for s in runs), "gb_s": moved, "bandwidth_gb_s": bandwidth / 1e9,
             "bandwidth_pct": 100e9 * moved / bandwidth, "ours_over_this": statistics.median(ratios),

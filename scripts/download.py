@@ -7,8 +7,8 @@ people who want the files in a folder of their own.
 """
 from pathlib import Path
 
+from checkpoint import download
 from errors import Parser, run_command
-from loader import download
 
 
 def main(argv: list[str]) -> None:

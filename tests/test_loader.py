@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 
 import generate as g
-from loader import Checkpoint
+from checkpoint import Checkpoint
 
 
 def test_every_weight_lands_where_it_belongs(folder):

@@ -11,7 +11,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import device as machine
 import generate as g
-from loader import Checkpoint
+from checkpoint import Checkpoint
 from model import Experts
 
 WINDOWED = ["Mistral, sliding", "Gemma 3", "Gemma 4", "gpt-oss"]

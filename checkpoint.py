@@ -1,0 +1,252 @@
+"""The files of a Hugging Face folder: where it is, which tensors it holds, and reading them through mmap.
+
+`NAMES` is the table from our parameters to the names in the files. Opening a folder reads and checks the headers only.
+"""
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from config import read_json
+from errors import UserError
+
+# Our parameter -> the tensors of the file that make it up, stacked along their leading dimensions. Files differ: the
+# first line whose tensors are all there counts. {e} runs over the experts.
+NAMES: dict[str, list[list[str]]] = {
+    r"tok_embeddings.weight": [["model.embed_tokens.weight"]],
+    r"output.weight": [["lm_head.weight"]],
+    r"norm.weight": [["model.norm.weight"]],
+}
+BLOCK_NAMES: dict[str, list[list[str]]] = {  # behind layers.N. on both sides
+    "attention_norm.weight": [["input_layernorm.weight"]],
+    "scalar": [["layer_scalar"]],
+    "attention_post_norm.weight": [["post_attention_layernorm.weight"]],
+    "ffn_norm.weight": [["pre_feedforward_layernorm.weight"], ["post_attention_layernorm.weight"]],
+    "ffn_post_norm.weight": [["post_feedforward_layernorm.weight"]],
+    "attention.wqkv.weight": [[f"self_attn.{x}_proj.weight" for x in part] for part in ("qkv", "qk")],
+    "attention.wqkv.bias": [[f"self_attn.{x}_proj.bias" for x in "qkv"]],
+    "attention.q_norm.weight": [["self_attn.q_norm.weight"]],
+    "attention.k_norm.weight": [["self_attn.k_norm.weight"]],
+    "attention.sinks": [["self_attn.sinks"]],
+    "attention.wo.bias": [["self_attn.o_proj.bias"]],
+    "attention.wo.weight": [["self_attn.o_proj.weight"], ["linear_attn.out_proj.weight"]],
+    "attention.w_qkvz.weight": [["linear_attn.in_proj_qkv.weight", "linear_attn.in_proj_z.weight"]],
+    "attention.w_ba.weight": [["linear_attn.in_proj_b.weight", "linear_attn.in_proj_a.weight"]],
+    "attention.conv": [["linear_attn.conv1d.weight"]],
+    "attention.A_log": [["linear_attn.A_log"]],
+    "attention.dt_bias": [["linear_attn.dt_bias"]],
+    "attention.norm.weight": [["linear_attn.norm.weight"]],
+    "feed_forward.w13.weight": [
+        ["mlp.gate_proj.weight", "mlp.up_proj.weight"], ["mlp.experts.gate_up_proj"],
+        ["mlp.experts.gate_up_proj_blocks", "mlp.experts.gate_up_proj_scales"],
+        ["mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"],
+        ["block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight"]],
+    "feed_forward.w2.weight": [
+        ["mlp.down_proj.weight"], ["mlp.experts.down_proj"], ["mlp.experts.{e}.down_proj.weight"],
+        ["mlp.experts.down_proj_blocks", "mlp.experts.down_proj_scales"], ["block_sparse_moe.experts.{e}.w2.weight"]],
+    "feed_forward.router.weight": [["mlp.gate.weight"], ["block_sparse_moe.gate.weight"], ["mlp.router.weight"]],
+    "feed_forward.shared.w13.weight": [["mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"]],
+    "feed_forward.shared.w2.weight": [["mlp.shared_expert.down_proj.weight"]],
+    "feed_forward.shared_gate.weight": [["mlp.shared_expert_gate.weight"]],
+    "feed_forward.router.bias": [["mlp.router.bias"]],  # gpt-oss
+    "feed_forward.w13.bias": [["mlp.experts.gate_up_proj_bias"]],
+    "feed_forward.w2.bias": [["mlp.experts.down_proj_bias"]],
+    "feed_forward.dense_norm.weight": [["pre_feedforward_layernorm.weight"]],  # Gemma 4
+    "feed_forward.dense_post_norm.weight": [["post_feedforward_layernorm_1.weight"]],
+    "feed_forward.dense.w13.weight": [["mlp.gate_proj.weight", "mlp.up_proj.weight"]],
+    "feed_forward.dense.w2.weight": [["mlp.down_proj.weight"]],
+    "feed_forward.experts_norm.weight": [["pre_feedforward_layernorm_2.weight"]],
+    "feed_forward.experts_post_norm.weight": [["post_feedforward_layernorm_2.weight"]],
+    "feed_forward.router_norm.weight": [["router.scale"]],
+    "feed_forward.expert_scale": [["router.per_expert_scale"]],
+    "feed_forward.experts.router.weight": [["router.proj.weight"]],
+    "feed_forward.experts.w13.weight": [["experts.gate_up_proj"]],
+    "feed_forward.experts.w2.weight": [["experts.down_proj"]],
+}
+# The text half of a model that also sees or hears stands under one of these; its other halves, the heads that draft
+# further tokens, and tables that are recomputed from the config are not read.
+PREFIX = re.compile(r"(model\.language_model\.|language_model\.model\.|language_model\.(?=lm_head\.))")
+SKIPPED = re.compile(r"(model\.)?(visual|vision_tower|vision_model|vision_embedder|audio_tower|audio_model|"
+                     r"embed_vision|embed_audio|multi_modal_projector|mtp)\..*|.*\.rotary_emb\.inv_freq")
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+QUANTIZED = {"I8": torch.int8, "U8": torch.uint8}  # by quantize.py; scales are of the dtypes above
+BLOCK = 1 << 22  # numbers of a matrix that are rounded at a time
+RESIDENT = 16 << 20  # bytes of a file that may stay mapped while reading
+
+# What a run reads of a hub repository; everything else stays there.
+HUB = dict(allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"],
+           ignore_patterns=["*/*", "consolidated*"])  # the same weights again, in their makers' own layout
+
+
+# -- finding the folder -----------------------------------------------------------------------------------------------
+
+def resolve_checkpoint(path: str) -> Path:
+    """A folder as it is; else ORG/NAME from the local hub cache, or downloaded into it with a progress bar."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{path} is a file; give the checkpoint's folder")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or folder.parent.is_dir():
+        raise UserError(f"there is no folder {path}; give a checkpoint folder or a hub repository as ORG/NAME")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    try:
+        return Path(snapshot_download(path, local_files_only=True, **HUB))
+    except LocalEntryNotFoundError:  # absent, or a download that was cut short
+        return download(path)
+
+
+def download(repo: str, folder: Path | None = None) -> Path:
+    """The config, tokenizer and safetensors of a hub repository, into `folder` or the hub's cache; resumes."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(repo, local_dir=folder, **HUB))
+    except hub.GatedRepoError:
+        raise UserError(f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, then run "
+                        f"`hf auth login` (or set HF_TOKEN) and try again") from None
+    except hub.RepositoryNotFoundError:
+        raise UserError(f"the hub has no repository {repo}, or it is private; check the name, and `hf auth login` "
+                        f"if it is yours") from None
+    except hub.HFValidationError as e:
+        raise UserError(f"{repo!r} is not a repository name ({e}); expected ORG/NAME") from None
+    except (hub.LocalEntryNotFoundError, hub.HTTPError, OSError) as e:
+        reason = str(e).strip().splitlines()
+        raise UserError(f"{repo} could not be downloaded ({reason[0] if reason else type(e).__name__}); "
+                        f"run again to resume, or give a local folder") from None
+
+
+# -- the files --------------------------------------------------------------------------------------------------------
+
+class Stored(NamedTuple):
+    """A tensor of a file."""
+    path: Path
+    name: str  # in the file
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def matrix(shape: tuple[int, ...], column: bool = False) -> tuple[int, int]:
+    """A shape as that of a matrix: leading dimensions as rows, a vector (and whatever is a `column`) as a column."""
+    width = shape[-1] if len(shape) > 1 and not column else 1
+    return math.prod(shape) // width, width
+
+
+def is_column(parameter: str, p: torch.Tensor) -> bool:
+    """The scales of int8 are one to a row, however many dimensions the rows have."""
+    return parameter.endswith(".scale") and p.dtype == torch.float32
+
+
+class Checkpoint:
+    """The text model's tensors of a folder, without prefix. Opens files only while reading them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, Stored] = {}
+        self.held: tuple[Path, safe_open] | None = None  # the file being read
+        self.resident = 0  # bytes read since it was opened
+        listed = self.shards()
+        for path, names in listed.items():
+            with self.open(path) as file:
+                present = set(file.keys())
+                for name in names if names is not None else sorted(present):
+                    if name not in present:
+                        raise UserError(f"{folder / 'model.safetensors.index.json'} says {path.name} holds {name}, "
+                                        f"which it does not; download the folder again")
+                    if not SKIPPED.fullmatch(name):
+                        self.add(path, name, file.get_slice(name))
+
+    def add(self, path: Path, name: str, part) -> None:
+        dtype = part.get_dtype()
+        if dtype not in STORED and dtype not in QUANTIZED:
+            raise UserError(f"{path.name}: {name} has dtype {dtype}; supported: {', '.join(STORED)}")
+        plain = PREFIX.sub("", name)
+        if plain != name and not plain.startswith("lm_head."):
+            plain = f"model.{plain}"
+        self.tensors[plain] = Stored(path, name, tuple(part.get_shape()), dtype)
+
+    def shards(self) -> dict[Path, list[str] | None]:
+        """File -> the tensors the index expects in it (None: whatever it holds)."""
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            document = read_json(index)
+            table = document.get("weight_map") if isinstance(document, dict) else None
+            if not isinstance(table, dict) or not table:
+                raise UserError(f"{index} has no weight_map; download it again")
+            by_file: dict[Path, list[str] | None] = {}
+            for name, shard in table.items():
+                if not isinstance(shard, str) or shard in ("", ".", "..") or re.search(r"[/\\]", shard):
+                    raise UserError(f"{index} places {name} in {shard!r}; only files of the same folder are allowed")
+                if not (self.folder / shard).is_file():
+                    raise UserError(f"{index} names {shard}, which is not in {self.folder}; download it again")
+                by_file.setdefault(self.folder / shard, []).append(name)
+            return by_file
+        if (self.folder / "model.safetensors").is_file():
+            return {self.folder / "model.safetensors": None}
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in self.folder.glob(pattern))
+        if pickles:
+            raise UserError(f"{self.folder} holds {pickles[0]}: a pickle, which can run code when opened, is refused; "
+                            f"use the safetensors version of this checkpoint")
+        raise UserError(f"{self.folder} has no weights; expected model.safetensors or model.safetensors.index.json")
+
+    def open(self, path: Path) -> safe_open:
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{path} is damaged or no safetensors file ({e}); download it again") from None
+
+    def file_of(self, stored: Stored, size: int) -> safe_open:
+        """The tensor's file, to read `size` bytes of it. Every page read stays resident until the map is closed, and
+        opening means parsing a header of thousands of names: so it is opened anew now and then."""
+        if self.held is None or self.held[0] != stored.path or self.resident + size > RESIDENT:
+            self.held = None  # closed before the next is opened
+            self.held, self.resident = (stored.path, self.open(stored.path)), 0
+        self.resident += size
+        return self.held[1]
+
+    def copy(self, name: str, target: torch.Tensor) -> None:
+        """Read one tensor into `target`, of as many numbers in the same order."""
+        stored = self.tensors[name]
+        target.copy_(self.file_of(stored, target.nbytes).get_tensor(stored.name).view_as(target))
+
+    def part(self, name: str, i: int) -> torch.Tensor:
+        """The i-th of the tensor's leading dimension."""
+        stored = self.tensors[name]
+        return self.file_of(stored, 4 * math.prod(stored.shape[1:])).get_slice(stored.name)[i]
+
+    def whole(self, name: str) -> torch.Tensor:
+        """One tensor as it is."""
+        stored = self.tensors[name]
+        part = self.file_of(stored, 4 * math.prod(stored.shape)).get_tensor(stored.name)
+        return part.clone()  # of the file's pages, which are given back
+
+    def rows(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor as the rows of a matrix, in blocks [r, width]."""
+        stored = self.tensors[name]
+        height, width = matrix(stored.shape[-2:])
+        step = max(1, BLOCK // width)
+        for e in range(math.prod(stored.shape[:-2])):
+            for start in range(0, height, step):
+                part = self.file_of(stored, 4 * step * width).get_slice(stored.name)
+                yield (part[e, start:start + step] if len(stored.shape) == 3 else part[start:start + step])
+
+    def sources(self, parameter: str, experts: int) -> list[str]:
+        """The tensors that make up one of our parameters; those of the table's first line if none are there."""
+        if parameter.endswith(".scale"):
+            return [f"{name}_scale" for name in self.sources(f"{parameter.removesuffix('scale')}weight", experts)]
+        layer = re.match(r"layers\.\d+\.", parameter)
+        prefix = layer[0] if layer else ""
+        lines = (BLOCK_NAMES if layer else NAMES)[parameter.removeprefix(prefix)]
+        lines = [[f"model.{prefix}{name}" if layer else name for name in line] for line in lines]
+        lines = [[name.format(e=e) for e in range(experts) for name in line] if "{e}" in line[0] else line
+                 for line in lines if experts or "{e}" not in line[0]]
+        for enough in (all, any):  # a line that is there in part is what an incomplete file was meant to have
+            for line in lines:
+                if enough(name in self.tensors for name in line):
+                    return line
+        return lines[0]

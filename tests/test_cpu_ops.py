@@ -1,0 +1,164 @@
+"""The CPU kernels compute what they promise, in every form this machine can run."""
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import device
+import ops
+from ops import cpu
+from rounding import to_int4, to_int8
+
+VARIANTS = ["native", "portable", *["avx2"] * ops.processor_has("avx2")]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def kernels(request):
+    """The operators of one build; a namespace other than readonce needs its schemas."""
+    if cpu.build(request.param) is None:
+        pytest.skip("no C++ compiler")
+    if request.param == "native":
+        assert cpu.load()
+        return torch.ops.readonce
+    name = f"readonce_{request.param}"
+    library = torch.library.Library(name, "FRAGMENT")
+    for op in ("pack", "unpack_rows", "packed_linear"):
+        library.define(str(getattr(torch.ops.readonce, op).default._schema).replace("readonce::", ""))
+    torch.ops.load_library(cpu.build(request.param))
+    request.addfinalizer(library._destroy)
+    return getattr(torch.ops, name)
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """x as the kernels see it: whole multiples of 1/127 of the largest in each block of 32 columns."""
+    blocks = F.pad(x.float(), (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    most = blocks.abs().amax(-1, keepdim=True)
+    q = (blocks * torch.full_like(most, 127).div(most).nan_to_num(0, 0, 0)).round()
+    return (q.double() * (most / 127)).flatten(-2)[..., :x.shape[-1]]
+
+
+def random_matrix(group: int, *leading: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """A quantized matrix with a ragged last tile and an odd number of groups: weight, scale, outputs, inputs."""
+    outputs = random.randrange(1, 150)
+    inputs = group * random.choice((1, 3, 5)) if group else random.randrange(1, 300)
+    w = torch.randn(*leading, outputs, inputs)
+    if not group:
+        return *to_int8(w), outputs, inputs
+    weight, scale = to_int4(w.flatten(0, -2), group)
+    return weight.unflatten(0, w.shape[:-1]), scale.unflatten(0, w.shape[:-1]), outputs, inputs
+
+
+@pytest.mark.parametrize("group", [0, 32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 16, 17, 40])
+def test_linear_equals_its_reference(kernels, group, rows):
+    weight, scale, outputs, inputs = random_matrix(group)
+    packed, wide = kernels.pack(weight, scale), ops.dequantize(weight, scale)
+    x = torch.randn(rows, inputs) * torch.randn(rows, 1).exp()
+    y = kernels.packed_linear(x, packed, outputs, group, None)
+    truth = rounded(x) @ wide.double().T
+    torch.testing.assert_close(y.double(), truth, rtol=0, atol=1e-6 * inputs ** 0.5 * truth.abs().max().item())
+    exact = x @ wide.T
+    assert ((y - exact).square().mean() / exact.square().mean()).sqrt() < 0.02
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = kernels.packed_linear(x.to(dtype)[None], packed, outputs, group, None)
+        again = kernels.packed_linear(x.to(dtype).float(), packed, outputs, group, None)
+        assert torch.equal(narrow, again.to(dtype)[None])
+
+
+@pytest.mark.parametrize("group", [0, 32, 64, 128])
+def test_a_row_gives_the_same_bits_alone_and_in_a_batch(kernels, group):
+    weight, scale, outputs, inputs = random_matrix(group)
+    packed = kernels.pack(weight, scale)
+    for rows in range(1, 20):
+        x = torch.randn(rows, inputs)
+        together = kernels.packed_linear(x, packed, outputs, group, None)
+        alone = [kernels.packed_linear(row[None], packed, outputs, group, None) for row in x]
+        assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("group", [0, 32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 8, 50])
+def test_rows_go_through_their_experts(kernels, group, rows):
+    weight, scale, outputs, inputs = random_matrix(group, 6)
+    packed = kernels.pack(weight, scale)
+    x, chosen = torch.randn(rows, inputs), torch.randint(6, (rows,))
+    y = kernels.packed_linear(x, packed, outputs, group, chosen)
+    each = [kernels.packed_linear(x[n], packed[e], outputs, group, None) for n, e in enumerate(chosen)]
+    assert torch.equal(y, torch.stack(each))
+    packed[[e for e in range(6) if e not in chosen]] = -1 if group == 0 else 255  # scales of NaN
+    assert torch.equal(y, kernels.packed_linear(x, packed, outputs, group, chosen))
+    for wrong in (-1, 6):
+        with pytest.raises(RuntimeError, match=f"expert {wrong} of 6"):
+            kernels.packed_linear(x, packed, outputs, group, torch.full((rows,), wrong))
+
+
+@pytest.mark.parametrize("group", [0, 32, 64, 128])
+def test_unpacked_rows_are_the_dequantized_ones(kernels, group):
+    weight, scale, outputs, inputs = random_matrix(group)
+    packed = kernels.pack(weight, scale)
+    rows = torch.randint(outputs, (2, 7))
+    assert torch.equal(kernels.unpack_rows(packed, rows, inputs, group), ops.dequantize(weight, scale)[rows])
+    for wrong in (-1, len(packed) * 16):
+        with pytest.raises(RuntimeError, match=f"row {wrong} of"):
+            kernels.unpack_rows(packed, torch.tensor([0, wrong]), inputs, group)
+
+
+def test_extreme_weights_and_inputs_do_not_saturate(kernels):
+    weight = torch.full((16, 320), -128, dtype=torch.int8)
+    for x in (torch.ones(1, 320), -torch.ones(3, 320)):
+        y = kernels.packed_linear(x, kernels.pack(weight, torch.ones(16)), 16, 0, None)
+        torch.testing.assert_close(y, x @ weight.float().T, rtol=1e-6, atol=0)
+    weight, scale = torch.full((16, 192), 255, dtype=torch.uint8), torch.ones(16, 3).half()
+    for x in (torch.ones(1, 384), -torch.ones(3, 384)):
+        y = kernels.packed_linear(x, kernels.pack(weight, scale), 16, 128, None)
+        torch.testing.assert_close(y, x.sum(-1, keepdim=True).expand(-1, 16) * 7, rtol=1e-6, atol=0)
+
+
+def test_zeros_stay_zeros_and_what_is_not_a_number_stays_so(kernels):
+    weight, scale, outputs, inputs = random_matrix(32)
+    x = torch.zeros(3, inputs)
+    x[1, random.randrange(inputs)], x[2, random.randrange(inputs)] = float("nan"), float("inf")
+    y = kernels.packed_linear(x, kernels.pack(weight, scale), outputs, 32, None)
+    assert not y[0].any() and y[1].isnan().all() and not y[2].isfinite().any()
+
+
+def test_tensors_that_do_not_fit_are_errors(kernels):
+    weight, scale, outputs, inputs = random_matrix(32)
+    packed = kernels.pack(weight, scale)
+    x = torch.randn(1, inputs)
+    for wrong in ((x[:, 1:], packed, outputs, 32), (x, packed, outputs + 16, 32), (x, packed, outputs, 64),
+                  (x, packed, outputs, 0), (x.double(), packed, outputs, 32), (x, packed[None], outputs, 32)):
+        with pytest.raises(RuntimeError):
+            kernels.packed_linear(*wrong, None)
+    with pytest.raises(RuntimeError):
+        kernels.pack(weight, scale.float())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_graph_holds_the_kernels():
+    if not cpu.load():
+        pytest.skip("no C++ compiler")
+    weight, scale, outputs, inputs = random_matrix(32)
+    packed = torch.ops.readonce.pack(weight, scale)
+
+    def step(x, rows):
+        y = torch.ops.readonce.packed_linear(x.relu(), packed, outputs, 32, None)
+        return y.exp(), torch.ops.readonce.unpack_rows(packed, rows, inputs, 32) + 1
+
+    x, rows = torch.randn(2, inputs, dtype=torch.bfloat16), torch.tensor([outputs - 1, 0])
+    for got, truth in zip(torch.compile(step, fullgraph=True, backend="aot_eager")(x, rows), step(x, rows), strict=True):
+        assert torch.equal(got, truth)
+
+
+def test_without_a_compiler_there_is_one_line_and_no_kernels(monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(device, "cache_dir", lambda: tmp_path)
+    broken = tmp_path / "compiler"
+    broken.write_text("#!/bin/sh\necho 'cpu.cpp:1: error: too old' >&2\nexit 1\n")
+    broken.chmod(0o700)
+    for compiler, reason, lines in (("nowhere++", "no C++ compiler (nowhere++)", 1), (str(broken), "too old", 2)):
+        monkeypatch.setenv("CXX", compiler)
+        assert cpu.build() is None
+        said = capfd.readouterr().err.splitlines()
+        assert len(said) == lines and reason in said[-1] and "plain PyTorch, slower" in said[-1]
+    assert not list((tmp_path / "ops").iterdir())
