@@ -36,10 +36,9 @@ def plan(model: nn.Module, checkpoint: Checkpoint, rounded: bool = False) -> dic
                             f"the weights do not belong to this config.json")
     for parameter, p in parameters.items():
         parts = [checkpoint.tensors[name] for name in found[parameter]]
-        shape = model.get_submodule(parameter.rpartition(".")[0]).shape if rounded and p.dtype in QUANTIZED.values() \
-            else p.shape
-        check(checkpoint.folder, parts, p if shape == p.shape else torch.empty(shape, device="meta"),
-              is_column(parameter, p), turned(model, checkpoint, parameter))
+        if rounded and not p.is_floating_point():
+            p = torch.empty(model.get_submodule(parameter.rpartition(".")[0]).shape, device="meta")
+        check(checkpoint.folder, parts, p, is_column(parameter, p), turned(model, checkpoint, parameter))
     return found
 
 

@@ -3,9 +3,9 @@
     python quantize.py --checkpoint_path DIR --mode int4 --output DIR
     python quantize.py --checkpoint_path DIR --mode int4 --output DIR --calibrate TEXT_FILE
 
-The folder is a Hugging Face folder still: safetensors, the same config.json with a `quantization_config`, the tokenizer.
-A quantized matrix keeps its name, and beside it stands `<name>_scale`; ops/ says what the numbers mean. Weights are read
-and written a matrix at a time. With --calibrate, int4 is rounded so that the outputs on such a text change least.
+The folder is a Hugging Face folder still: safetensors, the same config.json with a `quantization_config`, the
+tokenizer. A quantized matrix keeps its name, and beside it stands `<name>_scale`; ops/ says what the numbers mean.
+Weights are read and written a matrix at a time. With --calibrate, int4 is rounded so that the outputs on such a text change least.
 `generate.py --quantize MODE` rounds while loading, to the same numbers as without --calibrate.
 """
 import json
@@ -128,7 +128,8 @@ def write_shards(folder: Path, all_tensors: Iterator[tuple[str, Tensor]]) -> Non
     if len(shards) == 1:
         (folder / "1").rename(folder / "model.safetensors")
         return
-    named = {name: f"model-{i:05}-of-{len(shards):05}.safetensors" for i, names in enumerate(shards, 1) for name in names}
+    named = {name: f"model-{i:05}-of-{len(shards):05}.safetensors"
+             for i, names in enumerate(shards, 1) for name in names}
     for i, names in enumerate(shards, 1):
         (folder / str(i)).rename(folder / named[names[0]])
     index = {"metadata": {"total_size": total}, "weight_map": named}
@@ -188,7 +189,7 @@ def check_output(source: Path, output: Path) -> None:
 def main(argv: list[str]) -> None:
     p = Parser(prog="quantize.py", description="Write a checkpoint folder with int8 or int4 weights.")
     p.add_argument("--checkpoint_path", required=True, help="Hugging Face folder, or ORG/NAME on the hub")
-    p.add_argument("--mode", required=True, help=f"{', '.join(Quantization.MODES)}; int4 keeps embedding and head in int8")
+    p.add_argument("--mode", required=True, help=f"{', '.join(Quantization.MODES)}; int4 has embedding and head in int8")
     p.add_argument("--output", required=True, type=Path, help="the folder to be written")
     p.add_argument("--groupsize", type=int, default=Quantization.group, help="of int4 (default %(default)s)")
     p.add_argument("--calibrate", metavar="TEXT_FILE", type=Path, help="round int4 by what the model does with a text")

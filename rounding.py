@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ops import pack_int4
 
-FACTORS = torch.linspace(0.72, 1.12, 21).tolist()  # what the plain scale is multiplied by in the search
+# What the plain scale is multiplied by in the search; negative: the largest number becomes 7, not -8.
+FACTORS = (1.0, 0.9, 0.8, -1.0, -1.1, -1.2)
+CACHED = 1 << 17  # numbers
 DAMPING = 0.01  # of the mean diagonal, added to the Hessian's
 COLUMNS = 128  # whose errors are kept back before they go to all later ones at once
 
@@ -15,7 +17,7 @@ COLUMNS = 128  # whose errors are kept back before they go to all later ones at 
 def round_to(w: Tensor, scale: Tensor, least: int, most: int) -> Tensor:
     """The multiples of `scale` nearest to w, as multiples; a scale of 0 gives 0."""
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    return (w * inverse).round().clamp(least, most)
+    return (w * inverse).round_().clamp_(least, most)
 
 
 def to_int8(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,30 +36,39 @@ def plain_scale(groups: Tensor) -> Tensor:
 
 
 def searched_scale(groups: Tensor, importance: Tensor | float = 1.0) -> Tensor:
-    """[..., n, g] -> [..., n]: of scales around the plain one, of either sign, the one of least weighed squared error.
+    """[M, n, g] -> [M, n]: of scales around the plain one, of either sign, the one of least weighed squared error.
 
-    `importance` [n, g] weighs the columns; besides, large numbers count for more, as their errors move outputs the same
-    way whatever the input. Each try is followed by the least squares fit to what it rounded to.
+    `importance` [n, g] weighs the columns; besides, large numbers count for more. Each try rounds to q and is judged by
+    the scale that fits these q best, s = sum(w q v) / sum(w q q), which leaves an error of sum(w v v) - s sum(w q v).
     """
-    weight = importance * (groups.square() + groups.square().mean(-1, keepdim=True))
-    plain = found = plain_scale(groups)
-    best = torch.full_like(plain, float("inf"))
-    for factor in (*FACTORS, *(f * -8 / 7 for f in FACTORS)):  # negative: the largest becomes 7
-        q = round_to(groups, (plain * factor)[..., None], -8, 7)
-        fit = (weight * q * groups).sum(-1) / (weight * q * q).sum(-1).clamp_min(1e-30)
-        fit = fit.half().float()
-        q = round_to(groups, fit[..., None], -8, 7)
-        error = (weight * (q * fit[..., None] - groups).square()).sum(-1)
-        better = error < best
-        best, found = torch.where(better, error, best), torch.where(better, fit, found)
-    return found
+    rows = max(1, CACHED // groups[0].numel())  # so little that all tries stay in the cache
+    return torch.cat([search(part, importance) for part in groups.split(rows)])
+
+
+def search(groups: Tensor, importance: Tensor | float) -> Tensor:
+    plain = plain_scale(groups)
+    v = groups.permute(2, 0, 1).contiguous()  # [g, M, n]: sums over the first dimension are the fast ones
+    square = v.square()
+    weight = square + square.mean(0)
+    if isinstance(importance, Tensor):
+        weight *= importance.T[:, None]
+    weighed = weight * v
+    best, most = plain, torch.zeros_like(plain)
+    for factor in FACTORS:
+        q = round_to(v, plain * factor, -8, 7)
+        along = (q * weighed).sum(0)
+        fit = along / q.square_().mul_(weight).sum(0).clamp_min(1e-30)
+        better = fit * along > most
+        best, most = torch.where(better, fit, best), torch.where(better, fit * along, most)
+    return best.half().float()
 
 
 def to_int4(w: Tensor, group: int, search: bool = True) -> tuple[Tensor, Tensor]:
     """w [..., M, K] -> weight, scale; each number to the nearest of its group's sixteen."""
-    groups = w.float().unflatten(-1, (-1, group))
+    groups = w.float().flatten(0, -2).unflatten(-1, (-1, group))
     scale = searched_scale(groups) if search else plain_scale(groups)
-    return pack_int4(round_to(groups, scale[..., None], -8, 7).flatten(-2)), scale.half()
+    q = round_to(groups, scale[..., None], -8, 7).flatten(-2)
+    return pack_int4(q).view(*w.shape[:-1], -1), scale.half().view(*w.shape[:-1], -1)
 
 
 def to_int4_calibrated(w: Tensor, group: int, hessian: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
+#define ROLLED _Pragma("GCC unroll 1")
 
 using at::Tensor;
 
@@ -75,6 +76,7 @@ template <typename V> INLINE V load(const void* p) {
 
 #if !defined(PORTABLE) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
+#define UNROLL_WIDE UNROLL
 constexpr int OFFSET = 128;  // the instruction takes unsigned weights
 template <int BITS> using Sums = Ints;
 INLINE Ints dot(Ints sum, Bytes w, Bytes x) {
@@ -120,9 +122,11 @@ INLINE Floats load_halves(const void* p) { return (Floats)vcvt_f32_f16(vld1_f16(
 
 constexpr int OFFSET = 0;
 template <int BITS> using Sums = Ints;
-INLINE Ints dot(Ints sum, Bytes w, Bytes x) {
-  for (int i = 0; i < WIDTH; i++) sum[i / 4] += (int8_t)w[i] * (int8_t)x[i];
-  return sum;
+template <typename To, typename V> INLINE To odd(V v, int bits) { return (To)v >> bits; }
+template <typename To, typename V> INLINE To even(V v, int bits) { return (To)((To)v << bits) >> bits; }
+INLINE Ints dot(Ints sum, Bytes w, Bytes x) {  // a pair of products, at most 2 * 128 * 127, fits in 16 bits
+  Ints pairs = (Ints)(even<Shorts>(w, 8) * even<Shorts>(x, 8) + odd<Shorts>(w, 8) * odd<Shorts>(x, 8));
+  return sum + even<Ints>(pairs, 16) + odd<Ints>(pairs, 16);
 }
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 INLINE Floats load_halves(const void* p) {
@@ -133,6 +137,9 @@ INLINE Floats load_halves(const void* p) {
 
 #endif
 
+#ifndef UNROLL_WIDE
+#define UNROLL_WIDE ROLLED  // the sums of several tiles would not fit in the registers
+#endif
 INLINE Ints total(Ints sum) { return sum; }
 
 // -- layout -----------------------------------------------------------------------------------------------------------
@@ -299,7 +306,7 @@ constexpr int64_t AHEAD = 2304;  // bytes that are fetched before they are neede
 template <int BITS, int ROWS>
 INLINE void add_block(const uint8_t* w, const Floats* scale, const int8_t* const* q, const float* const* x_scale,
                       const int32_t* const* zero, int64_t block, Floats (&acc)[ROWS][PARTS]) {
-  UNROLL for (int part = 0; part < PARTS; part++) {
+  ROLLED for (int part = 0; part < PARTS; part++) {
     Bytes line[8];
     UNROLL for (int j = 0; j < 8; j++) {
       if constexpr (BITS == 8) {
@@ -336,13 +343,13 @@ void multiply(const uint8_t* w, int64_t stride, const Layout& l, const Rounded& 
   Floats acc[TILES][ROWS][PARTS] = {};
   const int64_t unit = l.unit, blocks = BITS == 4 ? l.group / BLOCK : 1;  // blocks to a scale
   for (int64_t block = 0; block < l.columns / BLOCK; block += (BITS == 4 ? 2 : 1) * blocks, w += unit) {
-    UNROLL for (int t = 0; t < TILES; t++) {
+    UNROLL_WIDE for (int t = 0; t < TILES; t++) {
       const uint8_t* at = w + t * stride;
       for (int64_t i = 0; i < unit; i += LINE) __builtin_prefetch(at + AHEAD + i);
       if constexpr (BITS == 8) {
         add_block<8, ROWS>(at, nullptr, q, x_scale, zero, block, acc[t]);
       } else {
-        UNROLL for (int half = 0; half < 2; half++) {
+        ROLLED for (int half = 0; half < 2; half++) {
           Floats scale[PARTS];
           for (int p = 0; p < PARTS; p++) scale[p] = load_halves(w + t * stride + unit - LINE + half * 32 + p * LANES * 2);
           for (int64_t b = half * blocks; b < (half + 1) * blocks; b++, at += BLOCK * TILE / 2)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops import LIBRARY
+from ops import LIBRARY, cuda_quantized
 
 BLOCK = 64  # cache positions per step of a program
 SPLITS = 32  # programs that share one kv head's cache: enough to fill a card at batch 1
@@ -84,3 +84,5 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: 
 
 
 LIBRARY.impl("decode_attention", decode_attention, "CUDA")
+LIBRARY.impl("quantized_linear", cuda_quantized.quantized_linear, "CUDA")
+LIBRARY.impl("quantized_expert_linear", cuda_quantized.quantized_expert_linear, "CUDA")

@@ -7,8 +7,6 @@
 #pragma once
 #include <ucontext.h>
 
-#include <algorithm>
-#include <memory>
 #include <source_location>
 #include <vector>
 
@@ -39,7 +37,7 @@ struct Simdgroup {  // what the last operation brought together
 struct Machine {
   std::vector<Thread> threads;  // of the threadgroup that runs
   std::vector<Simdgroup> simdgroups;
-  std::vector<std::unique_ptr<char[]>> stacks;
+  std::vector<std::vector<char>> stacks;
   ucontext_t scheduler;
   uint current;
   void (*kernel_call)(void**);
@@ -87,6 +85,8 @@ inline void start() {
 
 // -- what the scheduler does ------------------------------------------------------------------------------------------
 
+inline uint smaller(uint a, uint b) { return a < b ? a : b; }
+
 inline bool same(const Place& a, const Place& b) {
   return a.line() == b.line() && a.column() == b.column() && !strcmp(a.file_name(), b.file_name());
 }
@@ -105,7 +105,7 @@ inline void release(uint first, uint last, State waiting) {
 
 // The operation that lanes of a simdgroup wait for; false if none does.
 inline bool operate(uint index) {
-  const uint first = index * LANES, last = std::min<uint>(first + LANES, machine.threads.size());
+  const uint first = index * LANES, last = smaller(first + LANES, machine.threads.size());
   Simdgroup& group = machine.simdgroups[index];
   bool any = false;
   for (uint i = 0; i < LANES; i++) {
@@ -127,8 +127,9 @@ inline void run_threadgroup(const uint* order, uint ordered) {
     bool operated = false;
     for (uint i = 0; i < machine.simdgroups.size(); i++) operated |= operate(i);
     if (operated) continue;
-    const auto waits = [](const Thread& thread) { return thread.state == State::at_barrier; };
-    if (std::none_of(machine.threads.begin(), machine.threads.end(), waits)) return;
+    bool waiting = false;
+    for (const Thread& thread : machine.threads) waiting |= thread.state == State::at_barrier;
+    if (!waiting) return;
     release(0, machine.threads.size(), State::at_barrier);
   }
 }
@@ -150,7 +151,7 @@ inline void place_thread(uint i, uint3 grid, uint3 group, uint3 groups, uint3 at
   thread.threads_per_simdgroup = LANES;
   thread.state = State::runs;
   getcontext(&thread.context);
-  thread.context.uc_stack.ss_sp = machine.stacks[i].get();
+  thread.context.uc_stack.ss_sp = machine.stacks[i].data();
   thread.context.uc_stack.ss_size = STACK;
   makecontext(&thread.context, start, 0);
 }
@@ -161,10 +162,10 @@ inline const char* run(void (*call)(void**), void** arguments, uint3 grid, uint3
   machine.kernel_call = call, machine.arguments = arguments, machine.error = nullptr;
   for (uint g = 0; g < groups.x * groups.y * groups.z && !machine.error; g++) {
     const uint3 at = point(g, groups), left = grid - at * group;
-    const uint3 size(std::min(left.x, group.x), std::min(left.y, group.y), std::min(left.z, group.z));
+    const uint3 size(smaller(left.x, group.x), smaller(left.y, group.y), smaller(left.z, group.z));
     machine.threads.resize(size.x * size.y * size.z);
     machine.simdgroups.resize((machine.threads.size() + LANES - 1) / LANES);
-    while (machine.stacks.size() < machine.threads.size()) machine.stacks.emplace_back(new char[STACK]);
+    while (machine.stacks.size() < machine.threads.size()) machine.stacks.emplace_back(STACK);
     for (uint i = 0; i < machine.threads.size(); i++) place_thread(i, grid, group, groups, at, size);
     run_threadgroup(order, group.x * group.y * group.z);
   }
