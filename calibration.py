@@ -29,7 +29,8 @@ def windows(text: str, tokenizer: Tokenizer, longest: int) -> Tensor:
     ids = torch.tensor(tokenizer.encode(text))
     size = min(LENGTH, longest, len(ids))
     if size < 32:
-        raise UserError(f"the text to calibrate with has {len(ids)} tokens; give at least 32, better {WINDOWS * LENGTH}")
+        raise UserError(f"the text to calibrate with has {len(ids)} tokens; give at least 32, better "
+                        f"{WINDOWS * LENGTH}")
     count = min(WINDOWS, len(ids) // size)
     starts = torch.linspace(0, len(ids) - size, count).long()
     return ids[starts[:, None] + torch.arange(size)]

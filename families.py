@@ -270,13 +270,13 @@ def config_from_dict(document: dict[str, Any]) -> ModelConfig:
 
 
 def read_quantization(found: dict[str, Any], family: Callable[[Source], ModelConfig]) -> Quantization | None:
-    """What quantize.py wrote of itself. MXFP4, the format of gpt-oss, is widened while loading, so it counts as none."""
+    """What quantize.py wrote of itself. gpt-oss's MXFP4 is widened while loading, so it counts as none."""
     method = found.get("quant_method")
     if not found or (method == "mxfp4" and family is gpt_oss):
         return None
     if method != "readonce":
-        raise UserError(f"config.json has a quantization_config of {method!r}; checkpoints quantized by other tools are "
-                        f"not supported, take the unquantized one")
+        raise UserError(f"config.json has a quantization_config of {method!r}; checkpoints quantized by other tools "
+                        f"are not supported, take the unquantized one")
     if unknown := found.keys() - {"quant_method", "mode", "groupsize", "calibrated"}:
         raise UserError(f"config.json has {sorted(unknown)[0]!r} in its quantization_config, which is not known here")
     return Quantization(checked(found, "mode", str), checked(found, "groupsize", int, 32))

@@ -255,7 +255,7 @@ def parser() -> Parser:
     p.add_argument("--compile_prefill", action="store_true", help="compile prefill too (implies --compile)")
     p.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default %(default)s)")
     p.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bf16, fp16 or fp32 (default %(default)s)")
-    p.add_argument("--quantize", metavar="MODE", help=f"round the weights while loading: {', '.join(Quantization.MODES)}")
+    p.add_argument("--quantize", metavar="MODE", help=f"round weights while loading: {', '.join(Quantization.MODES)}")
     p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one more, uncounted, short run")
     p.add_argument("--json", action="store_true", help="end stdout with the numbers as one line of JSON")
     return p

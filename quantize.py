@@ -5,7 +5,8 @@
 
 The folder is a Hugging Face folder still: safetensors, the same config.json with a `quantization_config`, the
 tokenizer. A quantized matrix keeps its name, and beside it stands `<name>_scale`; ops/ says what the numbers mean.
-Weights are read and written a matrix at a time. With --calibrate, int4 is rounded so that the outputs on such a text change least.
+Weights are read and written a matrix at a time. With --calibrate, int4 is rounded so that the outputs on such a text
+change least.
 `generate.py --quantize MODE` rounds while loading, to the same numbers as without --calibrate.
 """
 import json
@@ -125,6 +126,8 @@ def write_shards(folder: Path, all_tensors: Iterator[tuple[str, Tensor]]) -> Non
         held[name] = tensor
         total += tensor.nbytes
     write()
+    for i in range(len(shards)):  # safetensors lets only the owner read
+        shutil.copymode(folder / "config.json", folder / str(i + 1))
     if len(shards) == 1:
         (folder / "1").rename(folder / "model.safetensors")
         return
@@ -189,7 +192,7 @@ def check_output(source: Path, output: Path) -> None:
 def main(argv: list[str]) -> None:
     p = Parser(prog="quantize.py", description="Write a checkpoint folder with int8 or int4 weights.")
     p.add_argument("--checkpoint_path", required=True, help="Hugging Face folder, or ORG/NAME on the hub")
-    p.add_argument("--mode", required=True, help=f"{', '.join(Quantization.MODES)}; int4 has embedding and head in int8")
+    p.add_argument("--mode", required=True, help=f"{', '.join(Quantization.MODES)}; int4 but for embedding and head")
     p.add_argument("--output", required=True, type=Path, help="the folder to be written")
     p.add_argument("--groupsize", type=int, default=Quantization.group, help="of int4 (default %(default)s)")
     p.add_argument("--calibrate", metavar="TEXT_FILE", type=Path, help="round int4 by what the model does with a text")

@@ -1,8 +1,9 @@
 // The quantized linear map on a CPU: weights are read once, in the order in which they lie in memory.
-// ops/cpu.py compiles this file for the machine at hand; ops/__init__.py declares the operators and the portable format.
+// ops/cpu.py compiles this file for the machine at hand, whose instructions are in cpu_vectors.h; ops/__init__.py
+// declares the operators and the portable format.
 //
-// Arithmetic. A row of x is rounded to int8 in blocks of 32 columns: scale = largest |x| / 127, q = x * (127 / largest),
-// to nearest even. Products of int8 by int4 or int8 are summed in int32, which is exact; the 32-column sums, times the
+// Arithmetic. A row of x is rounded to int8 in blocks of 32 columns: scale = largest |x| / 127, q = x * (127 / largest)
+// to nearest even. Products of int8 by int4 or int8 are summed in int32, which is exact; the sums of blocks, times the
 // scale of x and of the weight, are added up in float32 in order of column. So a row gives the same bits alone and in a
 // batch, and the same numbers within float32 rounding on every processor.
 //
@@ -19,128 +20,24 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "cpu_vectors.h"
+
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <numeric>
-#include <type_traits>
+#include <optional>
 #include <utility>
 #include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
-#endif
-#if defined(__APPLE__)
+#elif defined(__APPLE__)
 #include <dispatch/dispatch.h>
 #endif
-#if defined(PORTABLE)
-#elif defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
-#include <arm_neon.h>
-#endif
-#ifndef LIBRARY
-#define LIBRARY readonce
-#endif
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-#define ROLLED _Pragma("GCC unroll 1")
 
 using at::Tensor;
 
 namespace {
-
-// -- vectors of one processor -----------------------------------------------------------------------------------------
-
-#if !defined(PORTABLE) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
-constexpr int WIDTH = 64;  // bytes of a register
-#elif !defined(PORTABLE) && defined(__AVX2__)
-constexpr int WIDTH = 32;
-#else
-constexpr int WIDTH = 16;
-#endif
-constexpr int LINE = 64, PARTS = LINE / WIDTH, LANES = WIDTH / 4;
-
-typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
-typedef uint16_t Words __attribute__((vector_size(WIDTH)));
-typedef int16_t Shorts __attribute__((vector_size(WIDTH)));
-typedef int32_t Ints __attribute__((vector_size(WIDTH)));
-typedef float Floats __attribute__((vector_size(WIDTH)));
-
-template <typename V> INLINE V load(const void* p) {
-  V v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-// dot: adds to each lane the products of 4 weights by 4 numbers of x. int8 weights lie in memory + OFFSET.
-// Sums<BITS>: what `dot` adds up over a block; total: its int32 lanes.
-
-#if !defined(PORTABLE) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
-
-#define UNROLL_WIDE UNROLL
-constexpr int OFFSET = 128;  // the instruction takes unsigned weights
-template <int BITS> using Sums = Ints;
-INLINE Ints dot(Ints sum, Bytes w, Bytes x) {
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
-}
-INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps(a, b, c); }
-INLINE Floats load_halves(const void* p) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-
-#elif !defined(PORTABLE) && defined(__AVX2__)
-
-INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps(a, b, c); }
-INLINE Floats load_halves(const void* p) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-#if defined(__AVXVNNI__)
-constexpr int OFFSET = 128;
-template <int BITS> using Sums = Ints;
-INLINE Ints dot(Ints sum, Bytes w, Bytes x) {
-  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, (__m256i)x);
-}
-#else
-constexpr int OFFSET = 0;
-template <int BITS> using Sums = std::conditional_t<BITS == 4, Shorts, Ints>;
-INLINE Shorts dot(Shorts sum, Bytes w, Bytes x) {  // nibbles: a block's sum, at most 16 * 15 * 127, fits in 16 bits
-  return sum + (Shorts)_mm256_maddubs_epi16((__m256i)w, (__m256i)x);
-}
-INLINE Ints dot(Ints sum, Bytes w, Bytes x) {  // the sign goes over to x, so that 2 * 128 * 127 does not saturate
-  __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), _mm256_sign_epi8((__m256i)x, (__m256i)w));
-  return sum + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
-INLINE Ints total(Shorts sum) { return (Ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
-#endif
-
-#elif !defined(PORTABLE) && defined(__ARM_FEATURE_DOTPROD)
-
-constexpr int OFFSET = 0;
-template <int BITS> using Sums = Ints;
-INLINE Ints dot(Ints sum, Bytes w, Bytes x) { return (Ints)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)x); }
-INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
-  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-}
-INLINE Floats load_halves(const void* p) { return (Floats)vcvt_f32_f16(vld1_f16((const float16_t*)p)); }
-
-#else
-
-constexpr int OFFSET = 0;
-template <int BITS> using Sums = Ints;
-template <typename To, typename V> INLINE To odd(V v, int bits) { return (To)v >> bits; }
-template <typename To, typename V> INLINE To even(V v, int bits) { return (To)((To)v << bits) >> bits; }
-INLINE Ints dot(Ints sum, Bytes w, Bytes x) {  // a pair of products, at most 2 * 128 * 127, fits in 16 bits
-  Ints pairs = (Ints)(even<Shorts>(w, 8) * even<Shorts>(x, 8) + odd<Shorts>(w, 8) * odd<Shorts>(x, 8));
-  return sum + even<Ints>(pairs, 16) + odd<Ints>(pairs, 16);
-}
-INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
-INLINE Floats load_halves(const void* p) {
-  Floats v;
-  for (int i = 0; i < LANES; i++) v[i] = ((const at::Half*)p)[i];
-  return v;
-}
-
-#endif
-
-#ifndef UNROLL_WIDE
-#define UNROLL_WIDE ROLLED  // the sums of several tiles would not fit in the registers
-#endif
-INLINE Ints total(Ints sum) { return sum; }
 
 // -- layout -----------------------------------------------------------------------------------------------------------
 
@@ -186,7 +83,7 @@ Tensor empty_in_huge_pages(at::IntArrayRef shape, at::ScalarType dtype) {
   return out;
 }
 
-void pack_row_int4(const uint8_t* w, const at::Half* scale, int64_t inputs, const Layout& l, uint8_t* out) {
+void pack_row_int4(const uint8_t* w, int64_t inputs, const Layout& l, uint8_t* out) {
   for (int64_t k = 0; k < inputs; k += 8, w += 4) {  // 8 columns: 4 bytes in, 4 bytes out
     int64_t unit = k / (2 * l.group), line = k % (2 * l.group) / 8;
     uint8_t* to = out + unit * l.unit + line * LINE;
@@ -206,27 +103,27 @@ Tensor pack(const Tensor& weight, const Tensor& scale) {
               "weight ", weight.sizes(), " and scale ", scale.sizes(), " do not fit");
   int64_t outputs = weight.size(-2), stored = weight.size(-1), inputs = stored * (int4 ? 2 : 1);
   TORCH_CHECK(inputs > 0 && (!int4 || (scale.size(-1) > 0 && inputs % scale.size(-1) == 0)), "not whole groups");
-  const int64_t groups = int4 ? scale.size(-1) : 1;
+  int64_t groups = int4 ? scale.size(-1) : 1;
   Layout l(inputs, int4 ? inputs / groups : 0);
   Tensor w = weight.contiguous(), s = scale.contiguous();
   std::vector<int64_t> shape = weight.sizes().vec();
   int64_t tiles = (outputs + TILE - 1) / TILE, matrices = weight.dim() == 3 ? shape[0] : 1;
   shape[shape.size() - 2] = tiles, shape.back() = l.tile;
   Tensor packed = empty_in_huge_pages(shape, weight.scalar_type());
-  auto from = (const uint8_t*)w.data_ptr();
-  auto scales = (const uint8_t*)s.data_ptr();
+  auto from = (const uint8_t*)w.data_ptr(), scales = (const uint8_t*)s.data_ptr();
   auto to = (uint8_t*)packed.data_ptr();
   split(matrices * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
-      int64_t first = t / tiles * outputs + t % tiles * TILE, rows = std::min<int64_t>(TILE, outputs - t % tiles * TILE);
+      int64_t first = t / tiles * outputs + t % tiles * TILE;
+      int64_t rows = std::min<int64_t>(TILE, outputs - t % tiles * TILE);
       uint8_t* tile = to + t * l.tile;
       std::memset(tile, int4 ? 0x88 : OFFSET, l.tile);  // weights of zero
-      for (int64_t end = int4 ? l.unit : l.tile; end <= l.tile; end += l.unit) std::memset(tile + end - LINE, 0, LINE);
+      for (int64_t n = int4 ? l.unit : l.tile; n <= l.tile; n += l.unit) std::memset(tile + n - LINE, 0, LINE);
       for (int64_t r = 0; r < rows; r++) {
         const uint8_t* row = from + (first + r) * stored;
         if (int4) {
           auto row_scales = (const at::Half*)scales + (first + r) * groups;
-          pack_row_int4(row, row_scales, inputs, l, tile + r * 4);
+          pack_row_int4(row, inputs, l, tile + r * 4);
           for (int64_t i = 0; i < groups; i++)
             ((at::Half*)(tile + (i / 2 + 1) * l.unit - LINE))[i % 2 * TILE + r] = row_scales[i];
         } else {
@@ -239,6 +136,17 @@ Tensor pack(const Tensor& weight, const Tensor& scale) {
   return packed;
 }
 
+void unpack_row(const uint8_t* tile, int64_t r, int64_t inputs, const Layout& l, float* y) {
+  for (int64_t k = 0; k < inputs; k += 4) {  // 4 columns: one lane, or the low or high halves of one
+    const uint8_t* unit = l.group ? tile + k / (2 * l.group) * l.unit : tile;
+    const uint8_t* w = unit + (l.group ? k % (2 * l.group) / 8 : k / 4) * LINE + r * 4;
+    float scale = l.group ? (float)((const at::Half*)(unit + l.unit - LINE))[k / l.group % 2 * TILE + r]
+                          : ((const float*)(tile + l.tile - LINE))[r];
+    for (int64_t i = 0; i < 4 && k + i < inputs; i++)
+      y[k + i] = (l.group ? (k & 4 ? w[i] >> 4 : w[i] & 15) - 8 : (int8_t)(w[i] - OFFSET)) * scale;
+  }
+}
+
 Tensor unpack_rows(const Tensor& packed, const Tensor& rows, int64_t inputs, int64_t group) {
   Layout l(inputs, group);
   l.check(packed, 2);
@@ -247,32 +155,23 @@ Tensor unpack_rows(const Tensor& packed, const Tensor& rows, int64_t inputs, int
   std::vector<int64_t> shape = rows.sizes().vec();
   shape.push_back(inputs);
   Tensor out = at::empty(shape, at::kFloat);
-  for (int64_t i = 0; i < index.numel(); i++) {
-    int64_t row = index.const_data_ptr<int64_t>()[i];
-    TORCH_CHECK(row >= 0 && row < packed.size(0) * TILE, "row ", row, " of ", packed.size(0) * TILE);
-    const uint8_t* tile = (const uint8_t*)packed.data_ptr() + row / TILE * l.tile;
-    float* y = out.data_ptr<float>() + i * inputs;
-    int64_t r = row % TILE;
-    for (int64_t k = 0; k < inputs; k++) {
-      if (group) {
-        const uint8_t* unit = tile + k / (2 * group) * l.unit;
-        int pair = unit[k % (2 * group) / 8 * LINE + r * 4 + k % 4];
-        y[k] = ((k & 4 ? pair >> 4 : pair & 15) - 8) *
-               (float)((const at::Half*)(unit + l.unit - LINE))[k / group % 2 * TILE + r];
-      } else {
-        y[k] = (int8_t)(tile[k / 4 * LINE + r * 4 + k % 4] - OFFSET) * ((const float*)(tile + l.tile - LINE))[r];
-      }
-    }
-  }
+  auto wanted = index.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < rows.numel(); i++)
+    TORCH_CHECK(wanted[i] >= 0 && wanted[i] < packed.size(0) * TILE, "row ", wanted[i], " of ", packed.size(0) * TILE);
+  split(index.numel(), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      unpack_row((const uint8_t*)packed.data_ptr() + wanted[i] / TILE * l.tile, wanted[i] % TILE, inputs, l,
+                 out.data_ptr<float>() + i * inputs);
+  });
   return out;
 }
 
 // -- rounding x -------------------------------------------------------------------------------------------------------
 
 struct Rounded {  // [M, columns], [M, columns / 32] twice
-  const int8_t* q;
-  const float* scale;
-  const int32_t* zero;  // what the offset of the weights has added to a block's sum, negative
+  int8_t* q;
+  float* scale;
+  int32_t* zero;  // what the offset of the weights has added to a block's sum, negative
 };
 
 template <typename T>
@@ -300,12 +199,13 @@ void round_row(const T* x, int64_t inputs, int64_t columns, int offset, int8_t* 
 
 // -- kernel -----------------------------------------------------------------------------------------------------------
 
-constexpr int MOST_ROWS = 8;  // rows of x multiplied at a time: their sums stay in registers
+constexpr int MOST_ROWS = PARTS == 1 ? 8 : 4;  // rows of x multiplied at a time: their sums stay in registers
 constexpr int64_t AHEAD = 2304;  // bytes that are fetched before they are needed
 
 template <int BITS, int ROWS>
 INLINE void add_block(const uint8_t* w, const Floats* scale, const int8_t* const* q, const float* const* x_scale,
                       const int32_t* const* zero, int64_t block, Floats (&acc)[ROWS][PARTS]) {
+  UNROLL for (int j = 0; j < BITS; j++) __builtin_prefetch(w + AHEAD + j * LINE);  // BITS lines make a block
   ROLLED for (int part = 0; part < PARTS; part++) {
     Bytes line[8];
     UNROLL for (int j = 0; j < 8; j++) {
@@ -343,15 +243,16 @@ void multiply(const uint8_t* w, int64_t stride, const Layout& l, const Rounded& 
   Floats acc[TILES][ROWS][PARTS] = {};
   const int64_t unit = l.unit, blocks = BITS == 4 ? l.group / BLOCK : 1;  // blocks to a scale
   for (int64_t block = 0; block < l.columns / BLOCK; block += (BITS == 4 ? 2 : 1) * blocks, w += unit) {
-    UNROLL_WIDE for (int t = 0; t < TILES; t++) {
+    UNROLL_TILES for (int t = 0; t < TILES; t++) {
       const uint8_t* at = w + t * stride;
-      for (int64_t i = 0; i < unit; i += LINE) __builtin_prefetch(at + AHEAD + i);
       if constexpr (BITS == 8) {
         add_block<8, ROWS>(at, nullptr, q, x_scale, zero, block, acc[t]);
       } else {
         ROLLED for (int half = 0; half < 2; half++) {
           Floats scale[PARTS];
-          for (int p = 0; p < PARTS; p++) scale[p] = load_halves(w + t * stride + unit - LINE + half * 32 + p * LANES * 2);
+          const uint8_t* halves = w + t * stride + unit - LINE + half * TILE * 2;
+          __builtin_prefetch(halves + AHEAD);
+          for (int p = 0; p < PARTS; p++) scale[p] = load_halves(halves + p * LANES * 2);
           for (int64_t b = half * blocks; b < (half + 1) * blocks; b++, at += BLOCK * TILE / 2)
             add_block<4, ROWS>(at, scale, q, x_scale, zero, block + b, acc[t]);
         }
@@ -410,21 +311,25 @@ template <int BITS, int TILES> void multiply_tiles(const Product& p, const Rows&
 }
 
 template <int BITS> void multiply_range(const Product& p, const Rows& rows, int64_t begin, int64_t end) {
-  int64_t n = end - begin;
-  int64_t blocks = (rows.count + MOST_ROWS - 1) / MOST_ROWS;
-  if (rows.count <= 4 * blocks) multiply_tiles<BITS, 4>(p, rows, begin, n / 4), begin += n / 4 * 4;
-  else multiply_tiles<BITS, 2>(p, rows, begin, n / 2), begin += n / 2 * 2;
+  int64_t n = end - begin, blocks = (rows.count + MOST_ROWS - 1) / MOST_ROWS;
+  if (blocks <= 4 && rows.count <= 4 * blocks) {
+    multiply_tiles<BITS, 4>(p, rows, begin, n / 4);
+    begin += n / 4 * 4;
+  } else if constexpr (MOST_ROWS > 4) {
+    multiply_tiles<BITS, 2>(p, rows, begin, n / 2);
+    begin += n / 2 * 2;
+  }
   multiply_tiles<BITS, 1>(p, rows, begin, end - begin);
 }
 
-template <typename T> void prepare(Product& p, const Tensor& x, int64_t inputs, int8_t* q, float* scale, int32_t* zero) {
+template <typename T> void prepare(Product& p, const Tensor& x, int64_t inputs) {
   p.store = store<T>;
   const int64_t columns = p.layout.columns, blocks = columns / BLOCK;
   auto from = (const T*)x.data_ptr();
   split(p.order.size(), std::max<int64_t>(1, 32768 / columns), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++)
-      round_row(from + p.order[m] * inputs, inputs, columns, p.layout.group ? 8 : OFFSET, q + m * columns,
-                scale + m * blocks, zero + m * blocks);
+      round_row(from + p.order[m] * inputs, inputs, columns, p.layout.group ? 8 : OFFSET, p.x.q + m * columns,
+                p.x.scale + m * blocks, p.x.zero + m * blocks);
   });
 }
 
@@ -439,7 +344,8 @@ std::vector<Rows> by_expert(const Tensor& chosen, const Tensor& packed, int64_t 
   }
   std::vector<Rows> groups;
   for (int64_t i = 0; i < experts; i++) {
-    if (start[i + 1]) groups.push_back({(const uint8_t*)packed.data_ptr() + i * packed.size(1) * tile, start[i], start[i + 1]});
+    auto weight = (const uint8_t*)packed.data_ptr() + i * packed.size(1) * tile;
+    if (start[i + 1]) groups.push_back({weight, start[i], start[i + 1]});
     start[i + 1] += start[i];
   }
   for (int64_t m = 0; m < M; m++) order[start[e[m]]++] = m;
@@ -451,15 +357,13 @@ Tensor packed_linear(const Tensor& x_, const Tensor& packed, int64_t outputs, in
   TORCH_CHECK(x_.dim() > 0, "x has no columns");
   Tensor x = x_.contiguous();
   int64_t inputs = x.size(-1);
-  Product p{Layout(inputs, group), {}, outputs, {}, nullptr, nullptr};
+  Product p{Layout(inputs, group), {}, outputs, std::vector<int64_t>(x.numel() / inputs), nullptr, nullptr};
   p.layout.check(packed, chosen ? 3 : 2);
   int64_t tiles = packed.size(-2), M = x.numel() / inputs, blocks = p.layout.columns / BLOCK;
   TORCH_CHECK(outputs > 0 && tiles == (outputs + TILE - 1) / TILE, tiles, " tiles are not ", outputs, " rows");
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = outputs;
   Tensor y = at::empty(shape, x.options());
-  p.y = y.data_ptr();
-  p.order.resize(M);
   std::vector<Rows> groups;
   if (chosen) {
     TORCH_CHECK(chosen->scalar_type() == at::kLong && chosen->numel() == M, "chosen: an int64 for each row");
@@ -469,16 +373,17 @@ Tensor packed_linear(const Tensor& x_, const Tensor& packed, int64_t outputs, in
     groups.push_back({(const uint8_t*)packed.data_ptr(), 0, M});
   }
   if (M == 0) return y;
+  p.y = y.data_ptr();
   Tensor memory = at::empty({M * (p.layout.columns + 8 * blocks)}, at::kByte);
   auto q = (int8_t*)memory.data_ptr();
   auto scale = (float*)(q + M * p.layout.columns);
-  auto zero = (int32_t*)(scale + M * blocks);
-  p.x = {q, scale, zero};
-  if (x.scalar_type() == at::kFloat) prepare<float>(p, x, inputs, q, scale, zero);
-  else if (x.scalar_type() == at::kBFloat16) prepare<at::BFloat16>(p, x, inputs, q, scale, zero);
-  else if (x.scalar_type() == at::kHalf) prepare<at::Half>(p, x, inputs, q, scale, zero);
+  p.x = {q, scale, (int32_t*)(scale + M * blocks)};
+  if (x.scalar_type() == at::kFloat) prepare<float>(p, x, inputs);
+  else if (x.scalar_type() == at::kBFloat16) prepare<at::BFloat16>(p, x, inputs);
+  else if (x.scalar_type() == at::kHalf) prepare<at::Half>(p, x, inputs);
   else TORCH_CHECK(false, "x is ", x.scalar_type(), ", not float32, bfloat16 or float16");
-  int64_t grain = std::max<int64_t>(1, 65536 * (int64_t)groups.size() / (p.layout.tile * M));  // less is not worth a thread
+  int64_t work = p.layout.tile * M / (int64_t)groups.size();  // of a tile; 65536 are not worth a thread
+  int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, work));
   split(tiles * groups.size(), grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end;) {  // the part of each matrix that is in this thread's share
       int64_t last = std::min(end, (i / tiles + 1) * tiles), first = i % tiles;

@@ -19,8 +19,10 @@ import torch
 import device as machine
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
+HEADER = Path(__file__).with_name("cpu_vectors.h")
 NATIVE = {"x86_64": ["-march=native"], "AMD64": ["-march=native"]}  # by architecture
 VARIANTS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "neon": ["-march=armv8.2-a+dotprod"], "portable": ["-DPORTABLE"]}
+PATIENCE = 300  # seconds
 
 
 def instruction_sets() -> str:
@@ -50,7 +52,7 @@ def command(variant: str) -> list[str]:
 def build(variant: str = "native") -> Path | None:
     """The compiled library; None, after a line that says why, where it cannot be made."""
     line = command(variant)
-    made_of = (SOURCE.read_text(), *line, torch.__version__, instruction_sets())
+    made_of = (SOURCE.read_text(), HEADER.read_text(), *line, torch.__version__, instruction_sets())
     name = f"cpu-{variant}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
     path = machine.cache_dir() / "ops" / name
     if path.is_file():
@@ -67,11 +69,14 @@ def build(variant: str = "native") -> Path | None:
     print("note: building the CPU kernels, once (~15 s)", file=sys.stderr, flush=True)
     made = Path(folder, "made.so")
     try:
-        done = subprocess.run([*line, "-o", str(made)], capture_output=True, text=True, errors="replace")
+        done = subprocess.run([*line, "-o", str(made)], capture_output=True, text=True, errors="replace",
+                              timeout=PATIENCE)
         if done.returncode:
             said = done.stderr.splitlines() or [f"exit code {done.returncode}"]
             return without_kernels(next((text for text in said if "error" in text), said[0]))
         made.replace(path)  # whole or not at all, also when two processes build at once
+    except subprocess.TimeoutExpired:
+        return without_kernels(f"the compiler was not done after {PATIENCE} s")
     finally:
         if path.parent != Path(folder):
             shutil.rmtree(folder, ignore_errors=True)

@@ -147,7 +147,8 @@ def test_a_compiled_graph_holds_the_kernels():
         return y.exp(), torch.ops.readonce.unpack_rows(packed, rows, inputs, 32) + 1
 
     x, rows = torch.randn(2, inputs, dtype=torch.bfloat16), torch.tensor([outputs - 1, 0])
-    for got, truth in zip(torch.compile(step, fullgraph=True, backend="aot_eager")(x, rows), step(x, rows), strict=True):
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, truth in zip(compiled(x, rows), step(x, rows), strict=True):
         assert torch.equal(got, truth)
 
 

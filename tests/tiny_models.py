@@ -46,7 +46,7 @@ FAMILIES = {
                                           tie_word_embeddings=True, rope_parameters=GEMMA_ROPE)),
     "Qwen3.5": (hf.Qwen3_5TextConfig, HYBRID),
     "Qwen3.5-MoE": (hf.Qwen3_5MoeTextConfig, dict(HYBRID, num_experts=8, num_experts_per_tok=3,
-                                                  moe_intermediate_size=32, shared_expert_intermediate_size=48)),
+                                                  moe_intermediate_size=32, shared_expert_intermediate_size=64)),
     "Gemma 4": (hf.Gemma4TextConfig, GEMMA4),
     "Gemma 4, keys apart": (hf.Gemma4TextConfig, dict(GEMMA4, attention_k_eq_v=False)),
     "Gemma 4 unified": (hf.Gemma4UnifiedTextConfig, GEMMA4),

@@ -1,0 +1,120 @@
+"""What each way to round the demo's weights costs in quality: the table of README.
+
+    python -m scripts.quantization_table --output benchmarks/quantization.md
+
+Every row is the demo with its numbers replaced by what the rounded ones mean, in float32, on held-out files of the
+Python standard library; calibration text is from the files it was trained on. Needs requirements-dev.txt.
+"""
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import ops
+import rounding
+from calibration import Calibration, windows
+from checkpoint import Checkpoint
+from config import Quantization, read_json
+from errors import Parser, run_command
+from families import config_from_dict
+from generate import DEMO, load_model
+from loader import plan
+from model import Transformer
+from quantize import groups
+from scripts.eval import evaluate
+from scripts.train_demo import corpus
+
+Rounded = tuple[Tensor, float]  # what the numbers mean, and the bits each takes, scales included
+
+
+def to_int8(w: Tensor) -> Rounded:
+    return ops.dequantize(*rounding.to_int8(w)), 8 + 32 / w.shape[-1]
+
+
+def to_int4(w: Tensor, group: int, search: bool) -> Rounded:
+    return ops.dequantize(*rounding.to_int4(w, group, search)), 4 + 16 / group
+
+
+def to_int4_with_zero(w: Tensor, group: int) -> Rounded:
+    """Between the least and the largest of a group, with a zero point of 4 bits."""
+    x = w.unflatten(-1, (-1, group))
+    low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+    scale = ((high - low) / 15).half().float()
+    zero = rounding.round_to(-low, scale, 0, 15)
+    return ((rounding.round_to(x, scale, -15, 15) + zero).clamp(0, 15) - zero).mul(scale).flatten(-2), 4 + 20 / group
+
+
+def calibrated(group: int, text: str) -> Callable[[str, Tensor], Rounded]:
+    """By GPTQ: the whole model is done at once, and its matrices are handed out by name."""
+    config, checkpoint = config_from_dict(read_json(DEMO / "config.json")), Checkpoint(DEMO)
+    with torch.device("meta"):
+        model = Transformer(config).eval()
+    sizes = {name: size for name, size in groups(model, Quantization("int4", group)).items() if size}
+    _, tokenizer = load_model(DEMO, "cpu")
+    run = Calibration(model, checkpoint, plan(model, checkpoint), sizes, windows(text, tokenizer, config.max_seq_len),
+                      torch.device("cpu"), torch.float32)
+    done = {name: (w, s) for i in range(len(config.layer_types)) for name, w, s in run.layer(i)}
+    return lambda name, w: (ops.dequantize(*done[name]), 4 + 16 / group)
+
+
+def model_of(body: Callable[[str, Tensor], Rounded], ends: Callable[[Tensor], Rounded]) -> tuple[Transformer, float]:
+    """The demo with its layers and its embedding (which is its head) replaced; bits for each of all their numbers."""
+    model, _ = load_model(DEMO, "cpu", "fp32")
+    bits = total = 0.0
+    for name in groups(model, Quantization("int8")):
+        matrix = model.get_submodule(name)
+        values, each = ends(matrix.weight) if name == "tok_embeddings" else body(name, matrix.weight)
+        matrix.weight.data = values
+        bits, total = bits + each * values.numel(), total + values.numel()
+    model.settle(torch.float32)
+    return model, bits / total
+
+
+def rows(text: str) -> dict[str, tuple[Transformer, float]]:
+    def same(w: Tensor) -> Rounded:
+        return w, 16.0
+
+    def eight(w: Tensor) -> Rounded:
+        return to_int8(w)
+
+    found = {"bf16": model_of(lambda _, w: same(w), same),
+             "int8": model_of(lambda _, w: eight(w), eight),
+             "int8 head, the rest bf16": model_of(lambda _, w: same(w), eight),
+             "int4 g32 head, the rest bf16": model_of(lambda _, w: same(w), lambda w: to_int4(w, 32, True))}
+    for g in Quantization.GROUPS:
+        best = calibrated(g, text)
+        found |= {f"int4 g{g}, nearest": model_of(lambda _, w, g=g: to_int4(w, g, False), eight),
+                  f"int4 g{g}, nearest, zero points": model_of(lambda _, w, g=g: to_int4_with_zero(w, g), eight),
+                  f"int4 g{g}, scales searched": model_of(lambda _, w, g=g: to_int4(w, g, True), eight),
+                  f"int4 g{g}, GPTQ": model_of(best, eight)}
+        if g == 32:
+            found |= {"int4-pure g32, scales searched": model_of(lambda _, w: to_int4(w, 32, True),
+                                                                 lambda w: to_int4(w, 32, True)),
+                      "int4-pure g32, GPTQ": model_of(best, lambda w: to_int4(w, 32, True))}
+    return found
+
+
+def main(argv: list[str]) -> None:
+    p = Parser(prog="python -m scripts.quantization_table", description=__doc__.splitlines()[0])
+    p.add_argument("--output", type=Path, help="write the table here too")
+    args = p.parse_args(argv)
+    train, held_out = ("\n".join(texts) for texts in corpus())
+    _, tokenizer = load_model(DEMO, "cpu")
+    with torch.no_grad():
+        models = rows(train)
+    reference, *others = (model for model, _ in models.values())
+    scores = evaluate([reference, *others], reference, torch.tensor(tokenizer.encode(held_out)), 512)
+    lines = ["| weights | bits each | perplexity | KL to bf16, nats/token | same likeliest token |",
+             "|---|---|---|---|---|"]
+    for (name, (_, bits)), score in zip(models.items(), scores, strict=True):
+        lines.append(f"| {name} | {bits:.2f} | {score.perplexity:.3f} | {score.divergence / score.tokens:.5f} | "
+                     f"{100 * score.agreed / score.tokens:.2f} % |")
+    table = "\n".join(lines)
+    print(table)
+    if args.output:
+        args.output.write_text(f"{table}\n")
+
+
+if __name__ == "__main__":
+    run_command(main)
