@@ -111,12 +111,11 @@ Tensor pack(const Tensor& weight, const Tensor& scale) {
   shape[shape.size() - 2] = tiles, shape.back() = l.tile;
   Tensor packed = empty_in_huge_pages(shape, weight.scalar_type());
   auto from = (const uint8_t*)w.data_ptr(), scales = (const uint8_t*)s.data_ptr();
-  auto to = (uint8_t*)packed.data_ptr();
   split(matrices * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
       int64_t first = t / tiles * outputs + t % tiles * TILE;
       int64_t rows = std::min<int64_t>(TILE, outputs - t % tiles * TILE);
-      uint8_t* tile = to + t * l.tile;
+      uint8_t* tile = (uint8_t*)packed.data_ptr() + t * l.tile;
       std::memset(tile, int4 ? 0x88 : OFFSET, l.tile);  // weights of zero
       for (int64_t n = int4 ? l.unit : l.tile; n <= l.tile; n += l.unit) std::memset(tile + n - LINE, 0, LINE);
       for (int64_t r = 0; r < rows; r++) {
@@ -190,8 +189,7 @@ void round_row(const T* x, int64_t inputs, int64_t columns, int offset, int8_t* 
     float inverse = most > 1e-36f ? 127 / most : 0;  // below, 127 / most would overflow
     for (int i = 0; i < BLOCK; i++) v[i] = v[i] * inverse + MAGIC;
     std::memcpy(bits, v, sizeof v);
-    for (int i = 0; i < BLOCK; i++) q[i] = bits[i] - MAGIC_BITS;
-    for (int i = 0; i < BLOCK; i++) sum += q[i];
+    for (int i = 0; i < BLOCK; i++) sum += q[i] = bits[i] - MAGIC_BITS;
     scale[k / BLOCK] = most / 127;
     zero[k / BLOCK] = -offset * sum;
   }
@@ -251,11 +249,11 @@ void multiply(const uint8_t* w, int64_t stride, const Layout& l, const Rounded& 
         ROLLED for (int half = 0; half < 2; half++) {
           Floats scale[PARTS];
           const uint8_t* halves = w + t * stride + unit - LINE + half * TILE * 2;
-          __builtin_prefetch(halves + AHEAD);
           for (int p = 0; p < PARTS; p++) scale[p] = load_halves(halves + p * LANES * 2);
           for (int64_t b = half * blocks; b < (half + 1) * blocks; b++, at += BLOCK * TILE / 2)
             add_block<4, ROWS>(at, scale, q, x_scale, zero, block + b, acc[t]);
         }
+        __builtin_prefetch(at + AHEAD);  // the line of scales
       }
     }
   }
@@ -325,11 +323,10 @@ template <int BITS> void multiply_range(const Product& p, const Rows& rows, int6
 template <typename T> void prepare(Product& p, const Tensor& x, int64_t inputs) {
   p.store = store<T>;
   const int64_t columns = p.layout.columns, blocks = columns / BLOCK;
-  auto from = (const T*)x.data_ptr();
   split(p.order.size(), std::max<int64_t>(1, 32768 / columns), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++)
-      round_row(from + p.order[m] * inputs, inputs, columns, p.layout.group ? 8 : OFFSET, p.x.q + m * columns,
-                p.x.scale + m * blocks, p.x.zero + m * blocks);
+      round_row((const T*)x.data_ptr() + p.order[m] * inputs, inputs, columns, p.layout.group ? 8 : OFFSET,
+                p.x.q + m * columns, p.x.scale + m * blocks, p.x.zero + m * blocks);
   });
 }
 

@@ -107,18 +107,26 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
-def systems(args, model: Transformer, prompt: list[int]) -> dict[str, Callable[[], Times]]:
-    """Name -> one timed run. Ours compiled comes first: ratios are against each of the others."""
+def load(args, quantize: str | None = None) -> Transformer:
+    if args.random_weights:
+        return load_random(args.random_weights, args.device, args.dtype, quantize=quantize)
+    return load_model(args.checkpoint_path or DEMO, args.device, args.dtype, quantize)[0]
+
+
+def systems(args, model: Transformer, prompt: list[int]) -> dict[str, tuple[Transformer, Callable[[], Times]]]:
+    """Name -> what it reads (a model of ours), and one timed run. Ours compiled comes first: ratios are against each of the others."""
     compiled = compiled_steps(model.device)
-    found = {"ours compiled": lambda: ours(model, prompt, args.new_tokens, compiled),
-             "ours eager": lambda: ours(model, prompt, args.new_tokens, Steps())}
+    found = {"ours compiled": (model, lambda: ours(model, prompt, args.new_tokens, compiled)),
+             "ours eager": (model, lambda: ours(model, prompt, args.new_tokens, Steps()))}
     for peer in args.peers.split(",") if args.peers else []:
         if peer != "transformers":
             raise UserError(f"unknown peer {peer!r}; allowed: transformers")
         if importlib.util.find_spec("transformers") is None:
             print("transformers is not installed: skipped (pip install -r requirements-dev.txt)", file=sys.stderr)
             continue
-        found["transformers eager"] = functools.partial(transformers, as_transformers(model), prompt, args.new_tokens)
+        floats = load(args) if args.quantize else model
+        run_once = functools.partial(transformers, as_transformers(floats), prompt, args.new_tokens)
+        found["transformers eager"] = floats, run_once
     return found
 
 
@@ -132,6 +140,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--peers", help="transformers")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantize", help="int8, int4 or int4-pure, rounded while loading; peers get the floats")
     parser.add_argument("--output", type=Path, help="append the rows to this file, a JSON document a line")
     args = parser.parse_args(argv)
     for name in ("prompt_length", "repeats"):
@@ -139,11 +148,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     if args.new_tokens < 2:
         raise UserError(f"--new_tokens is {args.new_tokens}; it must be at least 2, as the first belongs to the prompt")
-    if args.random_weights:
-        model = load_random(args.random_weights, args.device, args.dtype)
-    else:
-        model, _ = load_model(args.checkpoint_path or DEMO, args.device, args.dtype)
-    rows = run(args, model)
+    rows = run(args, load(args, args.quantize))
     for row in rows:
         row["command"] = shlex.join(["python", "-m", "scripts.benchmark", *argv])
     if args.output:
@@ -159,20 +164,23 @@ def run(args, model: Transformer) -> list[dict]:
     samples: dict[str, list] = {name: [] for name in timed}
     bandwidth = machine.measure_bandwidth(model.device)  # in this run, at both ends of it: not the one remembered
     for i in tqdm(range(args.repeats + 1), desc="rounds"):
-        for name, call in timed.items():
+        for name, (weights, call) in timed.items():
             start, times = call()
             if i:  # the first round compiles and warms up
-                samples[name].append(measure(model, prompt, [0] * len(times), "", "length", start, times))
+                samples[name].append(measure(weights, prompt, [0] * len(times), "", "length", start, times))
     bandwidth = max(bandwidth, machine.measure_bandwidth(model.device))
     first = next(iter(samples))
     rows = []
     for name, runs in samples.items():
+        weights, _ = timed[name]
         speeds = [s.decode_tok_s for s in runs]
         ratios = [a.decode_tok_s / b for a, b in zip(samples[first], speeds, strict=True)]
         moved = statistics.median(s.gb_s for s in runs)
         rows.append({
             "system": name, "model": args.random_weights or args.checkpoint_path or "demo",
-            "dtype": str(model.dtype).removeprefix("torch."), "prompt_tokens": args.prompt_length,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": str(weights.config.quantization) if weights.config.quantization else None,
+            "prompt_tokens": args.prompt_length,
             "new_tokens": args.new_tokens, "decode_tok_s": statistics.median(speeds), "decode_tok_s_all": speeds,
             "ttft_s": statistics.median(s.ttft_s for s in runs), "gb_s": moved, "bandwidth_gb_s": bandwidth / 1e9,
             "bandwidth_pct": 100e9 * moved / bandwidth, "ours_over_this": statistics.median(ratios),
