@@ -114,7 +114,7 @@ def load(args, quantize: str | None = None) -> Transformer:
 
 
 def systems(args, model: Transformer, prompt: list[int]) -> dict[str, tuple[Transformer, Callable[[], Times]]]:
-    """Name -> what it reads (a model of ours), and one timed run. Ours compiled comes first: ratios are against each of the others."""
+    """Name -> whose weights it reads, and one timed run. Ours compiled comes first: ratios are of it over each."""
     compiled = compiled_steps(model.device)
     found = {"ours compiled": (model, lambda: ours(model, prompt, args.new_tokens, compiled)),
              "ours eager": (model, lambda: ours(model, prompt, args.new_tokens, Steps()))}
