@@ -106,13 +106,17 @@ def materialize(model: nn.Module, device: torch.device, dtype: torch.dtype,
 
     Vectors are float32 whatever the dtype: norms, biases and decays, which are computed with as such and weigh nothing.
     """
+    bench = Bench(model) if pack else None
     seen: set[int] = set()  # a tied head is filled with the embedding
     for name, module in list(model.named_modules()):
         own = {leaf: p for leaf, p in module.named_parameters(recurse=False) if id(p) not in seen}
         seen |= {id(p) for p in own.values()}
         if not own:
             continue
-        tensors = {leaf: machine.empty(tuple(p.shape), kept_dtype(leaf, p, dtype), device) for leaf, p in own.items()}
+        tensors = {leaf: machine.empty(tuple(p.shape), kept_dtype(leaf, p, dtype), device) for leaf, p in own.items()
+                   if not (pack and "scale" in own and leaf in ("weight", "scale"))}
+        if pack and "scale" in own:
+            tensors |= bench.lay(own["weight"], own["scale"])
         yield name, module, tensors
         for leaf, tensor in tensors.items():
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
@@ -121,6 +125,19 @@ def materialize(model: nn.Module, device: torch.device, dtype: torch.dtype,
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer.to(device))
+
+
+class Bench:
+    """Memory for one quantized matrix at a time, on its way to a packed layout: fresh pages would cost more than it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        sizes = [m.weight.nbytes + m.scale.nbytes for m in model.modules() if getattr(m, "scale", None) is not None]
+        self.memory = torch.empty(max(sizes, default=0) + 64, dtype=torch.uint8)
+
+    def lay(self, weight: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        start = -(-weight.nbytes // 64) * 64
+        return {"weight": self.memory[:weight.nbytes].view(weight.dtype).view(weight.shape),
+                "scale": self.memory[start:start + scale.nbytes].view(scale.dtype).view(scale.shape)}
 
 
 def kept_dtype(leaf: str, p: torch.Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -84,7 +84,8 @@ def build(variant: str = "native") -> Path | None:
 
 
 def without_kernels(reason: str) -> None:
-    print(f"note: no CPU kernels, {reason.strip()}; quantized weights run in plain PyTorch, slower", file=sys.stderr)
+    print(f"note: no CPU kernels, {reason.strip()}; quantized weights run in plain PyTorch: int8 slower, "
+          f"int4 very slowly", file=sys.stderr)
 
 
 def load() -> bool:

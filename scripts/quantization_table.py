@@ -25,6 +25,7 @@ from quantize import groups
 from scripts.eval import evaluate
 from scripts.train_demo import corpus
 
+TEXT = 200_000  # characters that are scored
 Rounded = tuple[Tensor, float]  # what the numbers mean, and the bits each takes, scales included
 
 
@@ -100,6 +101,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--output", type=Path, help="write the table here too")
     args = p.parse_args(argv)
     train, held_out = ("\n".join(texts) for texts in corpus())
+    held_out = held_out[:TEXT]
     _, tokenizer = load_model(DEMO, "cpu")
     with torch.no_grad():
         models = rows(train)

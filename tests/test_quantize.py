@@ -114,6 +114,9 @@ def test_the_op_multiplies_by_what_the_numbers_mean(group, rows, monkeypatch):
     wide, chosen = ops.dequantize(weight, scale), torch.randint(5, (rows,))
     bound = dict(rtol=0, atol=1e-5 * wide.abs().max().item() * 16)
     torch.testing.assert_close(ops.linear(x, weight[2], scale[2]), x @ wide[2].T, **bound)
+    narrow = ops.linear(x.bfloat16(), weight[2], scale[2])  # int8 goes another way then
+    truth = x.bfloat16().float() @ wide[2].T
+    assert (narrow.float() - truth).norm() < 0.005 * truth.norm()
     torch.testing.assert_close(ops.expert_linear(x, weight, chosen, scale),
                                torch.stack([wide[e] @ row for row, e in zip(x, chosen, strict=True)]), **bound)
 
