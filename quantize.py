@@ -145,6 +145,7 @@ def quantize_folder(source: Path, output: Path, quantization: Quantization, text
 
     Raises UserError for a folder that is quantized already, an output that exists, and a disk that is full.
     """
+    output = output.resolve()
     check_output(source, output)
     document = read_json(source / "config.json")
     config = config_from_dict(document)
@@ -181,7 +182,7 @@ def quantize_folder(source: Path, output: Path, quantization: Quantization, text
 
 
 def check_output(source: Path, output: Path) -> None:
-    if output.resolve() == source.resolve():
+    if output == source.resolve():
         raise UserError(f"--output is the checkpoint's own folder, {source}; give another one")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output} exists; give a new folder, or remove it first")
@@ -189,7 +190,7 @@ def check_output(source: Path, output: Path) -> None:
 
 # -- command line -----------------------------------------------------------------------------------------------------
 
-def main(argv: list[str]) -> None:
+def parser() -> Parser:
     p = Parser(prog="quantize.py", description="Write a checkpoint folder with int8 or int4 weights.")
     p.add_argument("--checkpoint_path", required=True, help="Hugging Face folder, or ORG/NAME on the hub")
     p.add_argument("--mode", required=True, help=f"{', '.join(Quantization.MODES)}; int4 but for embedding and head")
@@ -197,7 +198,11 @@ def main(argv: list[str]) -> None:
     p.add_argument("--groupsize", type=int, default=Quantization.group, help="of int4 (default %(default)s)")
     p.add_argument("--calibrate", metavar="TEXT_FILE", type=Path, help="round int4 by what the model does with a text")
     p.add_argument("--device", default="auto", help="where --calibrate computes: auto, cuda, cuda:N or cpu")
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
     quantization = Quantization(args.mode, args.groupsize)
     if args.calibrate and args.mode == "int8":
         raise UserError("--calibrate is for int4; int8 needs none, leave it out")

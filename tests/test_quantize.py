@@ -338,11 +338,13 @@ def test_columns_that_groups_do_not_divide_are_named(command, folder, tmp_path):
     assert "w2 has 96 columns, which groups of 64 do not divide; take groups of 32" in said
 
 
-def test_what_is_there_is_not_written_over(command, tmp_path):
+def test_what_is_there_is_not_written_over(command, tmp_path, monkeypatch):
     assert "the checkpoint's own folder" in run(command, DRAFT, DRAFT)
     (tmp_path / "file").write_text("mine")
     assert "exists" in run(command, DRAFT, tmp_path)
     assert (tmp_path / "file").read_text() == "mine"
+    monkeypatch.chdir(tmp_path)
+    assert "exists" in run(command, DRAFT, Path("."))
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])

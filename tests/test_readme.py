@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT
 
 import generate as g
+import quantize
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
@@ -17,6 +18,8 @@ def test_a_command_names_files_and_options_that_exist(command):
     if command[:2] == ["python", "generate.py"]:
         if "--help" not in command:
             g.parser().parse_args(command[2:])
+    elif command[:2] == ["python", "quantize.py"]:
+        quantize.parser().parse_args(command[2:])
     elif command[:2] == ["python", "-m"]:
         module = command[2]
         assert module == "pytest" or (ROOT / (module.replace(".", "/") + ".py")).is_file()
