@@ -37,7 +37,8 @@ def test_named_shapes_have_the_parameters_of_the_models(name):
 
 def test_a_long_context_of_gemma_costs_what_its_windows_hold():
     with torch.device("meta"):
-        model = Transformer(config_of_shape("Gemma-3-4B")).to(torch.bfloat16)
+        model = Transformer(config_of_shape("Gemma-3-4B"))
+    model.settle(torch.bfloat16)
     per_position = 2 * 4 * 256 * 2  # k and v, heads, numbers, bytes
     full, sliding = 5, 29
     assert model.cache_bytes(131072) == per_position * (full * 131072 + sliding * 1024)

@@ -157,8 +157,12 @@ def test_a_quantized_model_is_the_dense_model_of_what_its_numbers_mean(family, m
     model, ids = load(tmp_path / "quantized"), torch.randint(128, (1, 24))
     truth = tiny_models.run(dense_twin(family, model), ids, 20)
     torch.testing.assert_close(tiny_models.run(model, ids, 20, 21, 22, 23), truth, rtol=0, atol=3e-5)
-    plain = tiny_models.run(load(family), ids, 20)
-    assert 1e-4 < (truth - plain).norm() / plain.norm() < (0.2 if mode == "int8" else 2)  # rounded, and recognisable
+    plain = load(family)
+    for name, module in model.named_modules():
+        if isinstance(module, Matrix) and module.scale is not None:
+            original = plain.get_submodule(name).weight
+            off = (ops.dequantize(module.weight, module.scale) - original).norm() / original.norm()
+            assert 1e-3 < off < (0.15 if module.group else 0.015), name
 
     on_the_fly = load(family, mode)  # the folder written and the one rounded while loading are one
     for (name, a), (other, b) in zip(model.named_parameters(), on_the_fly.named_parameters(), strict=True):
@@ -290,7 +294,7 @@ def test_experts_are_calibrated_each_by_what_it_gets(name, tmp_path):
         original, other = truth.get_submodule(key).weight, plain.get_submodule(key)
         off = [ops.dequantize(*numbers) - original for numbers in ((weight, scale), (other.weight, other.scale))]
         error = [torch.einsum("...ok,...kl,...ol->", d, sums[key], d) for d in off]
-        assert error[0] < 0.95 * error[1], key
+        assert error[0] < 0.98 * error[1], key
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
