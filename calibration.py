@@ -17,7 +17,7 @@ import rounding
 from checkpoint import Checkpoint
 from errors import UserError
 from layers import Matrix
-from loader import load_module
+from loader import load_module, require_finite
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -59,7 +59,9 @@ class Calibration:
         with hessians(mine) as sums:
             self.run(layer)
         for name, module in mine.items():
+            require_finite(f"{name} of the model, or what the text gives it to multiply,", sums[name])
             weight, scale = rounded(module.weight, self.groups[name], sums.pop(name))
+            require_finite(name, scale)
             module.weight.copy_(ops.dequantize(weight, scale))
             yield name, weight.cpu(), scale.cpu()
         self.x = self.run(layer)

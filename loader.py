@@ -172,7 +172,7 @@ def load_module(model: nn.Module, prefix: str, checkpoint: Checkpoint, found: di
         for leaf, tensor in tensors.items():
             parameter = f"{prefix}{name}.{leaf}" if name else f"{prefix}{leaf}"
             if leaf == "weight" and "scale" in tensors and f"{parameter.removesuffix('weight')}scale" not in found:
-                fill_rounded(module, tensors, blocks(model, checkpoint, found, parameter), device)
+                fill_rounded(parameter, module, tensors, blocks(model, checkpoint, found, parameter), device)
             elif parameter in found:
                 fill(model, checkpoint, found, parameter, tensor)
     checkpoint.held = None
@@ -202,9 +202,9 @@ def blocks(model: nn.Module, checkpoint: Checkpoint, found: dict[str, list[str]]
         yield from checkpoint.rows(name)
 
 
-def fill_rounded(module: nn.Module, tensors: dict[str, torch.Tensor], rows: Iterator[torch.Tensor],
+def fill_rounded(parameter: str, module: nn.Module, tensors: dict[str, torch.Tensor], rows: Iterator[torch.Tensor],
                  device: torch.device) -> None:
-    """Round rows as they come into the weight and the scale of a quantized matrix."""
+    """Round rows as they come into the weight and the scale of a quantized matrix. UserError if they cannot be."""
     weight = tensors["weight"].flatten(0, -2)
     scale = tensors["scale"].view(len(weight), *([-1] if module.group else []))
     start = 0
@@ -212,6 +212,14 @@ def fill_rounded(module: nn.Module, tensors: dict[str, torch.Tensor], rows: Iter
         part = slice(start, start := start + len(block))
         for target, values in zip((weight, scale), module.round(block.to(device)), strict=True):
             target[part].copy_(values)
+    require_finite(parameter, scale)
+
+
+def require_finite(what: str, numbers: torch.Tensor) -> None:
+    """`numbers`: the scales of a matrix, say, which show what its numbers are."""
+    if not numbers.isfinite().all():
+        raise UserError(f"{what} holds numbers that are NaN, infinite or too large to be quantized; get the checkpoint "
+                        f"again")
 
 
 def random_weights(model: nn.Module, device: torch.device, dtype: torch.dtype, seed: int = 0,

@@ -101,7 +101,7 @@ def tensors(model: Transformer, checkpoint: Checkpoint, found: dict[str, list[st
         if owner not in calibrated:
             both = {"weight": torch.empty_like(module.weight, device="cpu"),
                     "scale": torch.empty_like(module.scale, device="cpu")}
-            fill_rounded(module, both, blocks(model, checkpoint, found, parameter), torch.device("cpu"))
+            fill_rounded(parameter, module, both, blocks(model, checkpoint, found, parameter), torch.device("cpu"))
             calibrated[owner] = both["weight"], both["scale"]
         shapes = {name: checkpoint.tensors[name].shape for name in names}
         if turned(model, checkpoint, parameter):

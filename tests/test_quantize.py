@@ -3,6 +3,7 @@ import argparse
 import ast
 import errno
 import json
+import random
 import typing
 from pathlib import Path
 
@@ -101,6 +102,15 @@ def test_calibration_lowers_the_error_of_outputs_and_without_correlation_changes
     assert error[1] < 0.5 * error[0]
     for a, b in zip(rounding.to_int4_calibrated(w, 32, torch.eye(128)), plain, strict=True):
         assert torch.equal(a, b)
+
+
+def test_calibration_finds_the_same_in_blocks_of_columns(monkeypatch):
+    w, mix = torch.randn(64, 96), torch.randn(96, 96)
+    whole = rounding.to_int4_calibrated(w, 32, mix.T @ mix)
+    monkeypatch.setattr(rounding, "COLUMNS", 20)
+    parts = rounding.to_int4_calibrated(w, 32, mix.T @ mix)
+    assert torch.equal(whole[1], parts[1])
+    assert (ops.unpack_int4(whole[0]) == ops.unpack_int4(parts[0])).float().mean() > 0.98  # ties fall either way
 
 
 # -- the plain op -----------------------------------------------------------------------------------------------------
@@ -295,6 +305,11 @@ def test_experts_are_calibrated_each_by_what_it_gets(name, tmp_path):
         off = [ops.dequantize(*numbers) - original for numbers in ((weight, scale), (other.weight, other.scale))]
         error = [torch.einsum("...ok,...kl,...ol->", d, sums[key], d) for d in off]
         assert error[0] < 0.98 * error[1], key
+        truth.get_submodule(key).weight.data = ops.dequantize(weight, scale)
+    with torch.no_grad():  # the next layer gets what the rounded one says
+        call = truth.layers[0].attention.prepare(torch.arange(64).expand(12, -1))
+        said = truth.layers[0](truth.embed(tokens), call)
+    assert (said - best.x).abs().median() < 1e-5
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
@@ -349,6 +364,14 @@ def test_what_is_there_is_not_written_over(command, tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "mine"
     monkeypatch.chdir(tmp_path)
     assert "exists" in run(command, DRAFT, Path("."))
+
+
+@pytest.mark.parametrize("options", [[], ["--calibrate", str(ROOT / "config.py")]])
+@pytest.mark.parametrize("tensor", ["self_attn.q_proj", "mlp.down_proj"])
+def test_numbers_that_are_none_are_said(command, folder, tmp_path, tensor, options):
+    folder.tensors[f"model.layers.0.{tensor}.weight"][3, 5] = random.choice([float("nan"), float("inf"), 1e30])
+    assert "NaN, infinite or too large" in run(command, Path(folder.write()), tmp_path / "new", *options)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
