@@ -102,6 +102,10 @@ def test_calibration_lowers_the_error_of_outputs_and_without_correlation_changes
     assert error[1] < 0.5 * error[0]
     for a, b in zip(rounding.to_int4_calibrated(w, 32, torch.eye(128)), plain, strict=True):
         assert torch.equal(a, b)
+    weight = torch.logspace(-3, 3, 128)[torch.randperm(128)]  # columns of unequal weight get scales that suit them
+    best = rounding.to_int4_calibrated(w, 32, weight.diag())
+    error = [((ops.dequantize(*numbers) - w).square() * weight).sum() for numbers in (plain, best)]
+    assert error[1] < 0.95 * error[0]
 
 
 def test_calibration_finds_the_same_in_blocks_of_columns(monkeypatch):
