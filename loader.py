@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import device as machine
 from checkpoint import QUANTIZED, Checkpoint, Stored, is_column, matrix
@@ -53,8 +54,7 @@ def check(folder: Path, parts: list[Stored], p: torch.Tensor, column: bool, is_t
         raise UserError(f"{folder}: {named} has shape {' + '.join(str(list(part.shape)) for part in parts[:3])}; "
                         f"config.json wants {list(p.shape)} in all")
     kinds = {part.dtype for part in parts}
-    if any(QUANTIZED.get(kind, torch.float32) != (p.dtype if p.dtype in QUANTIZED.values() else torch.float32)
-           for kind in kinds):
+    if {QUANTIZED.get(kind) for kind in kinds} != {None if p.is_floating_point() else p.dtype}:
         raise UserError(f"{folder}: {named} has dtype {', '.join(sorted(kinds))}, not what config.json says of its "
                         f"quantization")
 
@@ -76,6 +76,9 @@ def check_turned(parts: list[Stored], p: torch.Tensor) -> None:
     for part, shape in zip(parts, wanted, strict=False):  # experts one by one are too many, and fail at the first
         if part.shape != shape:
             raise UserError(f"{part.path}: {part.name} has shape {list(part.shape)}; config.json wants {list(shape)}")
+        if (part.dtype == "U8") != (len(parts) == 2) or part.dtype == "I8":
+            raise UserError(f"{part.path}: {part.name} has dtype {part.dtype}, not what config.json says of its "
+                            f"quantization")
 
 
 def read_turned(checkpoint: Checkpoint, names: list[str]) -> Iterator[torch.Tensor]:
@@ -168,7 +171,10 @@ def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: to
 def load_module(model: nn.Module, prefix: str, checkpoint: Checkpoint, found: dict[str, list[str]],
                 device: torch.device, dtype: torch.dtype, pack: bool = False) -> None:
     """Fill the part of a model under `prefix` ("" or "layers.3.") as `plan` found it."""
-    for name, module, tensors in materialize(model.get_submodule(prefix.removesuffix(".")), device, dtype, pack):
+    part = model.get_submodule(prefix.removesuffix("."))
+    rounds = any(name.endswith(".scale") and f"{prefix}{name}" not in found for name, _ in part.named_parameters())
+    for name, module, tensors in tqdm(materialize(part, device, dtype, pack), desc="quantize", unit=" modules",
+                                      leave=False, disable=None if rounds else True):  # None: if stderr is no terminal
         for leaf, tensor in tensors.items():
             parameter = f"{prefix}{name}.{leaf}" if name else f"{prefix}{leaf}"
             if leaf == "weight" and "scale" in tensors and f"{parameter.removesuffix('weight')}scale" not in found:
@@ -198,7 +204,8 @@ def blocks(model: nn.Module, checkpoint: Checkpoint, found: dict[str, list[str]]
     """A matrix, or several on top of each other, in blocks of rows [r, inputs] as the file has them."""
     if turned(model, checkpoint, parameter):
         yield from read_turned(checkpoint, found[parameter])
-    for name in () if turned(model, checkpoint, parameter) else found[parameter]:
+        return
+    for name in found[parameter]:
         yield from checkpoint.rows(name)
 
 

@@ -109,3 +109,4 @@ def upper_root_of_inverse(h: Tensor) -> Tensor:
             if not failed:
                 return inverse
         damping *= 10
+        assert damping < 1e6, "not positive semidefinite, or not finite"

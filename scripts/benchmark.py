@@ -47,7 +47,8 @@ def as_transformers(model: Transformer):
     keys = {"default": 2, "linear": 3, "llama3": 6}  # how many of the rope's, below
     if c != simple or set(c.layer_types) != {"full"} or attention.qk_norm or attention.qkv_bias \
             or attention.rope.kind not in keys:
-        raise UserError("transformers is compared on Llama's architecture only; take a Llama or leave --peers out")
+        raise UserError("transformers is compared on unquantized folders of Llama's architecture only; take one "
+                        "or leave --peers out")
     rope = dict(rope_type=attention.rope.kind, rope_theta=attention.rope.theta, factor=attention.rope.factor,
                 low_freq_factor=attention.rope.low_freq_factor, high_freq_factor=attention.rope.high_freq_factor,
                 original_max_position_embeddings=attention.rope.original_max_seq_len)

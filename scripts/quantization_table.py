@@ -76,19 +76,16 @@ def rows(text: str) -> dict[str, tuple[Transformer, float]]:
     def same(w: Tensor) -> Rounded:
         return w, 16.0
 
-    def eight(w: Tensor) -> Rounded:
-        return to_int8(w)
-
     found = {"bf16": model_of(lambda _, w: same(w), same),
-             "int8": model_of(lambda _, w: eight(w), eight),
-             "int8 head, the rest bf16": model_of(lambda _, w: same(w), eight),
+             "int8": model_of(lambda _, w: to_int8(w), to_int8),
+             "int8 head, the rest bf16": model_of(lambda _, w: same(w), to_int8),
              "int4 g32 head, the rest bf16": model_of(lambda _, w: same(w), lambda w: to_int4(w, 32, True))}
     for g in Quantization.GROUPS:
         best = calibrated(g, text)
-        found |= {f"int4 g{g}, nearest": model_of(lambda _, w, g=g: to_int4(w, g, False), eight),
-                  f"int4 g{g}, nearest, zero points": model_of(lambda _, w, g=g: to_int4_with_zero(w, g), eight),
-                  f"int4 g{g}, scales searched": model_of(lambda _, w, g=g: to_int4(w, g, True), eight),
-                  f"int4 g{g}, GPTQ": model_of(best, eight)}
+        found |= {f"int4 g{g}, nearest": model_of(lambda _, w, g=g: to_int4(w, g, False), to_int8),
+                  f"int4 g{g}, nearest, zero points": model_of(lambda _, w, g=g: to_int4_with_zero(w, g), to_int8),
+                  f"int4 g{g}, scales searched": model_of(lambda _, w, g=g: to_int4(w, g, True), to_int8),
+                  f"int4 g{g}, GPTQ": model_of(best, to_int8)}
         if g == 32:
             found |= {"int4-pure g32, scales searched": model_of(lambda _, w: to_int4(w, 32, True),
                                                                  lambda w: to_int4(w, 32, True)),

@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import calibration
 import ops
@@ -399,6 +399,16 @@ def test_a_full_disk_or_ctrl_c_leaves_nothing_behind(command, tmp_path, monkeypa
 def test_other_tools_quantization_is_refused_by_name(command, folder, tmp_path, method):
     folder.config["quantization_config"] = {"quant_method": method, "bits": 4}
     assert method in run(command, Path(folder.write()), tmp_path / "new")
+
+
+@pytest.mark.parametrize("name, tensor", [("Qwen3", "model.layers.1.mlp.down_proj.weight"),
+                                          ("gpt-oss", "model.layers.0.mlp.experts.gate_up_proj")])
+def test_whole_numbers_without_a_scale_are_no_weights(name, tensor, tmp_path):
+    tiny_models.reference_model(name).save_pretrained(tmp_path)
+    numbers = load_file(tmp_path / "model.safetensors")
+    save_file({**numbers, tensor: numbers[tensor].to(torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"has dtype I8, not what config\.json says"):
+        load(tmp_path)
 
 
 def test_a_config_that_does_not_fit_its_numbers_is_said(tmp_path):
