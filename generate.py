@@ -10,160 +10,33 @@ Text goes to stdout, messages and numbers to stderr. As a library:
     model, tokenizer = load_model("checkpoints/demo")
     for token in generate(model, tokenizer.encode("import os\\n"), steps=compiled_steps(model.device)):
         ...
-
-Decoding is one function, (token, position) -> (next token, next position), compiled whole and called once per token;
-the caches are buffers of the model, written in place. Glossary: B batch, S tokens in one call.
 """
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import chat
 import device as machine
 import ops
 from checkpoint import resolve_checkpoint
 from config import ModelConfig, Quantization, read_json
+from decoding import Steps, chunks, compiled_steps, generate, prepare
 from errors import Parser, UserError, run_command
 from families import config_from_dict, config_of_shape
 from loader import load_weights, random_weights
 from metrics import Sample, describe, measure
 from model import Transformer
 from quantize import quantize_
-from sampling import Sampling, sample
+from sampling import Sampling
 from tokenizer import Stream, Tokenizer, load_tokenizer
 
 DEMO = Path(__file__).parent / "checkpoints" / "demo"
 DEMO_PROMPT = "import argparse\nimport json\n\n\ndef main():\n    "
-PREFILL_CHUNK = 512  # tokens in one prefill call: bounds memory for activations and masks
-
-
-# -- the two steps ----------------------------------------------------------------------------------------------------
-
-def _step(model: Transformer, tokens: Tensor, positions: Tensor, sampling: dict) -> tuple[Tensor, Tensor]:
-    token = sample(model(tokens.clamp_min(0), positions), **sampling)  # -1 ends a text, but only once it has been read
-    return token, positions[:, -1:] + 1
-
-
-def prefill(model: Transformer, tokens: Tensor, positions: Tensor, sampling: dict) -> tuple[Tensor, Tensor]:
-    """A chunk of a prompt, [B, S] at [B, S] -> (next token, its position), both [B, 1]."""
-    return _step(model, tokens, positions, sampling)
-
-
-def decode(model: Transformer, token: Tensor, position: Tensor, sampling: dict) -> tuple[Tensor, Tensor]:
-    """One token, [B, 1] at [B, 1] -> (next token, its position), both [B, 1]."""
-    return _step(model, token, position, sampling)
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What `generate` calls: eager as they stand, or compiled by `compiled_steps`."""
-    prefill: Callable = prefill
-    decode: Callable = decode
-
-
-def compiled_steps(device: torch.device, compile_prefill: bool = False) -> Steps:
-    """The decode step as one graph (a CUDA graph where there are such), and the prefill step if asked.
-
-    Prefill gets one graph for every length from 2 up and one for length 1.
-    """
-    machine.configure_compiler(device)
-    return Steps(
-        prefill=torch.compile(prefill, fullgraph=True, dynamic=True) if compile_prefill else prefill,
-        decode=torch.compile(decode, mode="reduce-overhead", fullgraph=True))
-
-
-# -- generation -------------------------------------------------------------------------------------------------------
-
-def generate(model: Transformer, prompt: Sequence[int], max_new_tokens: int = 200, sampling: Sampling = Sampling(),
-             stop_ids: frozenset[int] = frozenset(), seed: int | None = None, steps: Steps = Steps(),
-             cached: int = 0) -> Iterator[int]:
-    """Yield the ids that continue `prompt`, a stop id included, at most `max_new_tokens`.
-
-    `seed` sets torch's default generator, from which tokens are drawn. Caches grow when a longer text is asked for,
-    which costs a compilation; `model.setup_caches(1, longest)` beforehand avoids it. The first `cached` tokens of the
-    prompt are in the caches already, from a call that began like this one; at least one must not be, and `model.rewind`
-    tells whether what came after them there can be given up.
-    Raises UserError for an empty prompt, ids outside the vocabulary, texts over the model's context, and when the
-    weights give logits that are not finite.
-    """
-    prepare(model, prompt, max_new_tokens)
-    assert 0 <= cached < len(prompt), (cached, len(prompt))
-    return _generate(model, prompt, max_new_tokens, sampling, stop_ids, seed, steps, cached)
-
-
-def prepare(model: Transformer, prompt: Sequence[int], max_new_tokens: int) -> None:
-    """Check that such a text is possible, and make room for it: caches of a power of two, so that growing is rare."""
-    config = model.config
-    if not len(prompt):
-        raise UserError("the prompt is empty; give at least one token")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    if len(prompt) + max_new_tokens > config.max_seq_len:
-        raise UserError(f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones need "
-                        f"{len(prompt) + max_new_tokens} positions; the model has {config.max_seq_len}: "
-                        f"shorten one of them")
-    if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-        raise UserError(f"the prompt has token id {max(prompt) if min(prompt) >= 0 else min(prompt)}; the model's "
-                        f"vocabulary is 0 to {config.vocab_size - 1}: tokenizer and model do not belong together")
-    length = len(prompt) + max_new_tokens
-    if model.cache_length < length:
-        length = min(max(256, 1 << (length - 1).bit_length()), config.max_seq_len)
-        machine.require_memory(model.cache_bytes(length), model.device)
-    model.setup_caches(1, max(length, model.cache_length))
-
-
-@torch.no_grad()
-def _generate(model, prompt, max_new_tokens, sampling, stop_ids, seed, steps, cached) -> Iterator[int]:
-    tokens = _tokens(model, prompt, max_new_tokens, sampling, seed, steps, cached)
-    for (token,) in machine.read_late(tokens, model.device):
-        if token < 0:
-            raise UserError(f"the logits are not finite: {blame(model)}")
-        yield token
-        if token in stop_ids:
-            return
-
-
-def _tokens(model, prompt, max_new_tokens, sampling, seed, steps, cached) -> Iterator[Tensor]:
-    """The device side: every step is given its inputs before any result has been read."""
-    arguments = sampling.arguments(model.config.vocab_size, model.device)
-    ids = torch.tensor(prompt, dtype=torch.int64, device=model.device)
-    positions = torch.arange(len(prompt), device=model.device)
-    for chunk in chunks(cached, len(prompt), model.block):
-        if seed is not None:  # only the last chunk's draw counts, however many there are
-            torch.manual_seed(seed)
-        # clones: a compiled step is specialised on the whole tensor that a view is cut from
-        token, position = steps.prefill(model, ids[chunk][None].clone(), positions[chunk][None].clone(), arguments)
-    yield token
-    for _ in range(max_new_tokens - 1):
-        token, position = (t.clone() for t in steps.decode(model, token, position, arguments))
-        yield token
-
-
-def chunks(start: int, end: int, block: int) -> Iterator[slice]:
-    """Cut a prompt into prefill calls: PREFILL_CHUNK tokens each and the rest; with a `block`, the rest into powers of
-    two times that, so that a compiled prefill meets few sizes, and a last one below it."""
-    while start < end:
-        size = min(end - start, PREFILL_CHUNK)
-        if block and block <= size < PREFILL_CHUNK:
-            size = block << (size // block).bit_length() - 1
-        yield slice(start, start + size)
-        start += size
-
-
-def blame(model: Transformer) -> str:
-    """Which weights are NaN or infinite, or what else makes logits so."""
-    for name, p in model.named_parameters():
-        if bad := int((~p.isfinite()).sum()):
-            return f"{name} holds {bad} values that are NaN or infinite; get the checkpoint again"
-    dtype = str(model.dtype).removeprefix("torch.")
-    return f"all weights are, so activations overflow {dtype}; try --dtype fp32 or bf16"
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -287,8 +160,7 @@ def compile_steps(args, model: Transformer, sampling: Sampling, length: int = 2)
     if missing := machine.missing_for_compilation(model.device):
         print(f"note: --compile needs {missing}, not found here; running uncompiled, slower", file=sys.stderr)
         return Steps(), 0.0
-    start = time.perf_counter()
-    steps = compiled_steps(model.device, args.compile_prefill)
+    start, steps = time.perf_counter(), compiled_steps(model.device, args.compile_prefill)
     sizes = {c.stop - c.start for c in chunks(0, length, model.block)} if model.block else set()
     for size in {2, 1, *sizes} if args.compile_prefill else {2}:
         for _ in generate(model, [0] * size, min(5, model.config.max_seq_len - size), sampling, steps=steps):
@@ -341,7 +213,7 @@ def main(argv: list[str]) -> int:
     load_s = time.perf_counter() - start
     if args.interactive:
         return talk(args, model, tokenizer, sampling)
-    prepare(model, prompt, args.max_new_tokens)  # before anything is compiled, which depends on the caches' size
+    prepare(model, [prompt], args.max_new_tokens)  # before anything is compiled, which depends on the caches' size
     steps, compile_s = compile_steps(args, model, sampling, len(prompt))
     options = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, steps=steps)
     samples = []
@@ -363,8 +235,7 @@ def report(args, model: Transformer, samples: list[Sample], load_s: float, compi
     for measured in samples:
         if measured.gb_s is not None:
             measured.bandwidth_pct = 100 * measured.gb_s * 1e9 / bandwidth
-    name = args.random_weights or args.checkpoint_path or "demo"
-    dtype = str(model.dtype).removeprefix("torch.")
+    name, dtype = args.random_weights or args.checkpoint_path or "demo", str(model.dtype).removeprefix("torch.")
     cached = f" ({machine.compile_cache_state()} cache)" if compile_s else ""
     threads = torch.get_num_threads()
     dtype_shown = f"{dtype}, {model.config.quantization}" if model.config.quantization else dtype

@@ -309,17 +309,17 @@ class Transformer(nn.Module):
         logits, cap = self.output(self.norm(x)), self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def weight_bytes_per_token(self) -> int:
-        """Bytes of weights one decoded token must read: of an untied embedding a single row, of experts the active
-        ones, of all else everything."""
+    def weight_bytes_per_token(self, rows: int = 1) -> int:
+        """Bytes of weights that a step of so many rows must read: of an untied embedding those rows, of experts the
+        active ones (for several rows, as many different ones as even routing would choose), of all else everything."""
         total = sum(p.nbytes for p in self.parameters())
         if not self.config.tie_embeddings:
             table = sum(p.nbytes for p in self.tok_embeddings.parameters())
-            total -= table - table // self.config.vocab_size
+            total -= table - rows * (table // self.config.vocab_size)
         for module in self.modules():
             if isinstance(module, ExpertLinear):
-                idle = self.config.experts.n_experts - self.config.experts.n_active
-                total -= idle * sum(p[0].nbytes for p in module.parameters())
+                idle = (1 - self.config.experts.n_active / self.config.experts.n_experts) ** rows
+                total -= round(idle * sum(p.nbytes for p in module.parameters()))
         return total
 
     def cache_bytes(self, positions: float) -> int:

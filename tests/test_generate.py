@@ -1,6 +1,7 @@
 """The main job: prompts become text, compiled or not, the same each time, and the numbers are those of the run."""
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from conftest import DEMO, ROOT
 from torch._dynamo.utils import counters
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+import decoding
 import device
 import generate as g
 
@@ -46,7 +48,7 @@ def test_the_demo_writes_its_golden_text():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_one_graph_serves_every_length_and_gives_the_eager_tokens(dtype, folder, monkeypatch):
     """Prompts of 1..300 tokens, in chunks, through compiled prefill and decode: only the first two compile."""
-    monkeypatch.setattr(g, "PREFILL_CHUNK", 128)
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 128)
     torch._dynamo.reset()
     counters.clear()
     model, _ = g.load_model(folder.write(), "cpu", dtype)
@@ -75,14 +77,14 @@ def test_prompts_of_every_family_meet_few_graphs(name, prefills, tmp_path, monke
     """One for a single token, one for more; where a recurrence is unrolled, one for each power of two of its blocks."""
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(g, "PREFILL_CHUNK", 128)
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 128)
     tiny_models.reference_model(name).save_pretrained(tmp_path)
     model = tiny_models.load(tmp_path)
     object.__setattr__(model.config, "max_seq_len", 1024)
     model.setup_caches(1, 1024)
     device.configure_compiler(model.device)
-    steps = g.Steps(torch.compile(g.prefill, fullgraph=True, dynamic=True, backend="eager"),  # traced, not built
-                    torch.compile(g.decode, fullgraph=True, backend="eager"))
+    steps = g.Steps(torch.compile(decoding.prefill, fullgraph=True, dynamic=True, backend="eager"),  # not built
+                    torch.compile(decoding.decode, fullgraph=True, backend="eager"))
     ids = torch.randint(128, (1000,)).tolist()
     for length in (250, 2, 1, 63, 65, 200, 513):
         got = list(g.generate(model, ids[:length], 3, GREEDY, steps=steps))
@@ -93,10 +95,10 @@ def test_prompts_of_every_family_meet_few_graphs(name, prefills, tmp_path, monke
 def test_a_prompt_in_blocks_is_whole_and_in_order():
     for block in (0, 64):
         for start, end in ((0, 1), (0, 63), (0, 64), (5, 700), (0, 1500)):
-            cuts = list(g.chunks(start, end, block))
+            cuts = list(decoding.chunks(start, end, block))
             assert [p for c in cuts for p in range(c.start, c.stop)] == list(range(start, end))
             sizes = [c.stop - c.start for c in cuts]
-            assert max(sizes) <= g.PREFILL_CHUNK and sum(size % 64 > 0 for size in sizes) <= 1
+            assert max(sizes) <= decoding.PREFILL_CHUNK and sum(size % 64 > 0 for size in sizes) <= 1
             assert not block or all(size < 64 or size & (size - 1) == 0 for size in sizes)
 
 
@@ -113,7 +115,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_with_the_same_result(folder, monke
     model, _ = g.load_model(folder.write(), "cpu")
     ids = torch.randint(4096, (200,)).tolist()
     whole = list(g.generate(model, ids, 20, seed=3))
-    monkeypatch.setattr(g, "PREFILL_CHUNK", 64)
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 64)
     assert list(g.generate(model, ids, 20, seed=3)) == whole
 
 
@@ -129,7 +131,7 @@ def test_many_settings_do_not_exhaust_the_compiler(folder):
     torch._dynamo.reset()
     model, _ = g.load_model(folder.write(), "cpu")
     device.configure_compiler(model.device)
-    steps = g.Steps(decode=torch.compile(g.decode, fullgraph=True, backend="eager"))  # traced, not built: seconds
+    steps = g.Steps(decode=torch.compile(decoding.decode, fullgraph=True, backend="eager"))  # not built: seconds
     for k in range(1, 13):
         assert len(list(g.generate(model, [1, 2], 3, g.Sampling(1.0, k), steps=steps))) == 3
 
@@ -236,3 +238,18 @@ def test_a_run_without_compilation_does_not_import_the_compiler():
             " if n in sys.modules])")
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("family", ["Llama 3.2", "Mistral, sliding", "Gemma 3", "Qwen3.5-MoE", "gpt-oss"])
+def test_rows_of_a_batch_are_what_each_prompt_gives_alone(family, tmp_path):
+    tiny_models.reference_model(family).save_pretrained(tmp_path)
+    model = tiny_models.load(tmp_path)
+    prompts = [torch.randint(128, (n,)).tolist() for n in (3, 41, 18)]
+    alone = [list(g.generate(model, prompt, 12, GREEDY)) for prompt in prompts]
+    stop = alone[1][random.randrange(12)]  # ends the second row, wherever it comes, and perhaps others
+    alone = [row[:row.index(stop) + 1] if stop in row else row for row in alone]
+    steps = list(decoding.generate_rows(model, prompts, 12, GREEDY, frozenset([stop])))
+    assert [[step[i] for step in steps if step[i] is not None] for i in range(3)] == alone
+    assert steps[-1] != [None] * 3
+    for i, prompt in enumerate(prompts):  # each starts as soon as its prompt is read
+        assert [step[i] is None for step in steps[:len(prompt) - 3 + 1]] == [True] * (len(prompt) - 3) + [False]
