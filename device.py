@@ -98,6 +98,15 @@ def peak_memory(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` count from now, where the system can (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu" and sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def available_memory(device: torch.device) -> int | None:
     """Bytes that can still be allocated; None where the system does not say."""
     if device.type == "cuda":
@@ -203,6 +212,12 @@ def configure_compiler(device: torch.device) -> None:
     if device.type == "cuda":
         torch._inductor.config.coordinate_descent_tuning = True  # a matmul with one row becomes a fused reduction
         torch._inductor.config.triton.unique_kernel_names = True
+
+
+def forget_compilations() -> None:
+    """Let `compile_cache_state` speak of what is compiled from now on."""
+    from torch._dynamo.utils import counters
+    counters.clear()
 
 
 def compile_cache_state() -> str:

@@ -1,103 +1,131 @@
-"""Time decoding, beside a peer if asked: interleaved in one run, medians, the ratio of each pair.
+"""Time decoding, beside other programs if asked: interleaved in one run, medians, the ratio of each pair.
 
-    python -m scripts.benchmark --random_weights Llama-3.2-1B --peers transformers --output benchmarks/cpu.jsonl
     python -m scripts.benchmark                                     # the demo, ours alone
+    python -m scripts.benchmark --random_weights Llama-3.2-1B --quantize int4 --peers transformers,llama.cpp
+    python -m scripts.benchmark --random_weights Llama-3.2-1B --depth 0,4096,16384 --batch 1,4
+    python -m scripts.benchmark --suite cpu --output benchmarks/cpu.jsonl
 
-Every system gets the same weights, the same prompt and greedy decoding of exactly --new_tokens tokens. One uncounted
-run each comes first. Peers are extras (requirements-dev.txt); one that is absent is skipped with a line.
+Every system gets the same shape and prompts (and the same numbers, gpt-fast apart), and decodes exactly --new_tokens
+tokens, greedily. One uncounted run each comes first. Options with commas make a case of each combination; each case is
+a row for each system, on screen and as a JSON document in --output.
 """
 import functools
-import importlib.util
+import gc
+import itertools
 import json
+import os
 import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import device as machine
-from config import ModelConfig
+from config import Quantization
+from decoding import Steps, compiled_steps, generate_rows, prepare
 from errors import Parser, UserError, run_command
-from generate import DEMO, Steps, compiled_steps, generate, load_model, load_random
-from metrics import measure
+from generate import DEMO, load_model, load_random
 from model import Transformer
 from sampling import Sampling
+from scripts import peers
+from scripts.peers import Case, Run, System
 
-Times = tuple[float, list[float]]  # when the call began, and when each token was known on the host
 GREEDY = Sampling(temperature=0)
+ONE_B = "--random_weights Llama-3.2-1B"
+SUITES = {  # lists of options, a run of the benchmark each
+    "quick": ["--new_tokens 100 --repeats 3"],
+    "cpu": ["--new_tokens 200 --repeats 7",
+            f"{ONE_B} --quantize none,int8,int4 --new_tokens 48",
+            f"{ONE_B} --quantize none,int8,int4 --prompt_length 128 --new_tokens 8 --repeats 3",
+            f"{ONE_B} --quantize int4 --depth 1024,4096 --new_tokens 32 --repeats 3 --ours compiled",
+            f"{ONE_B} --quantize int4 --batch 2,4,8 --new_tokens 32 --repeats 3 --ours compiled",
+            "--random_weights benchmarks/qwen3-moe-8-layers.json --quantize none,int4 --new_tokens 32 --repeats 3",
+            "--random_weights Gemma-3-1B --quantize none,int4 --new_tokens 32 --repeats 3",
+            "--random_weights Qwen3.5-4B --quantize int4 --new_tokens 16 --repeats 3"],
+    "cuda": [*(f"--random_weights {shape} --quantize none,int8,int4 --new_tokens 200"
+               for shape in ("Llama-2-7B", "Llama-3.1-8B", "Llama-3.2-1B", "Qwen3.5-4B")),
+             "--random_weights Llama-3.1-8B --prompt_length 2048 --new_tokens 8 --ours compiled",
+             "--random_weights Llama-3.1-8B --depth 32768 --new_tokens 64 --ours compiled",
+             "--random_weights Llama-3.1-8B --batch 8 --new_tokens 200 --ours compiled"]}
 
 
-def ours(model: Transformer, prompt: list[int], new_tokens: int, steps: Steps) -> Times:
-    machine.synchronize(model.device)
-    start = time.perf_counter()
-    return start, [time.perf_counter() for _ in generate(model, prompt, new_tokens, GREEDY, steps=steps)]
+# -- ours -------------------------------------------------------------------------------------------------------------
+
+class Ours:
+    """Our model and one case. Old tokens stay in the caches from run to run, where those can go back to them."""
+
+    def __init__(self, model: Transformer, case: Case) -> None:
+        self.model, self.case, self.filled = model, case, False
+        self.prompts = case.prompts(model.config.vocab_size)
+        prepare(model, self.prompts, case.new_tokens)
+
+    def run(self, steps: Steps) -> Run:
+        model, case = self.model, self.case
+        if case.depth and not (self.filled and model.rewind(case.length - case.depth)):
+            for _ in generate_rows(model, [prompt[:case.depth] for prompt in self.prompts], 1, GREEDY):
+                self.filled = True
+        machine.synchronize(model.device)
+        start = time.perf_counter()
+        rows = generate_rows(model, self.prompts, case.new_tokens, GREEDY, steps=steps, cached=case.depth)
+        return Run.at(start, [time.perf_counter() for _ in rows])
+
+    def compile(self, steps: Steps) -> dict:
+        """Seconds until the decode step is compiled, and whether from the cache of an earlier run."""
+        self.filled = False
+        machine.forget_compilations()
+        start = time.perf_counter()
+        for _ in generate_rows(self.model, [[0, 0]] * self.case.batch, min(5, self.case.new_tokens), GREEDY,
+                               steps=steps):
+            pass  # several: a CUDA graph is compiled, recorded and replayed in three calls
+        machine.synchronize(self.model.device)
+        return {"compile_s": time.perf_counter() - start, "compile_cache": machine.compile_cache_state()}
 
 
-def as_transformers(model: Transformer):
-    """A transformers model that holds our weights (the tensors themselves, split but not copied): Llama's kind only."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    c, attention = model.config, model.config.mixers.get("full")
-    simple = ModelConfig(c.vocab_size, c.dim, c.ffn_dim, c.max_seq_len, c.layer_types, c.mixers, norm_eps=c.norm_eps,
-                         tie_embeddings=c.tie_embeddings, dtype=c.dtype)
-    keys = {"default": 2, "linear": 3, "llama3": 6}  # how many of the rope's, below
-    if c != simple or set(c.layer_types) != {"full"} or attention.qk_norm or attention.qkv_bias \
-            or attention.rope.kind not in keys:
-        raise UserError("transformers is compared on unquantized folders of Llama's architecture only; take one "
-                        "or leave --peers out")
-    rope = dict(rope_type=attention.rope.kind, rope_theta=attention.rope.theta, factor=attention.rope.factor,
-                low_freq_factor=attention.rope.low_freq_factor, high_freq_factor=attention.rope.high_freq_factor,
-                original_max_position_embeddings=attention.rope.original_max_seq_len)
-    config = LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=len(c.layer_types),
-                         head_dim=attention.head_dim, num_attention_heads=attention.n_heads,
-                         num_key_value_heads=attention.n_kv_heads, intermediate_size=c.ffn_dim,
-                         max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps,
-                         rope_parameters=dict(list(rope.items())[:keys[attention.rope.kind]]),
-                         tie_word_embeddings=c.tie_embeddings, eos_token_id=None, bos_token_id=None)
-    with torch.device("meta"):
-        peer = LlamaForCausalLM(config).eval()
-    q, kv = attention.n_heads * attention.head_dim, attention.n_kv_heads * attention.head_dim
-    state = {"model.embed_tokens.weight": model.tok_embeddings.weight, "lm_head.weight": model.output.weight,
-             "model.norm.weight": model.norm.weight}
-    for i, layer in enumerate(model.layers):
-        wq, wk, wv = layer.attention.wqkv.weight.split([q, kv, kv])
-        gate, up = layer.feed_forward.w13.weight.chunk(2)
-        state |= {f"model.layers.{i}.{name}.weight": w for name, w in {
-            "input_layernorm": layer.attention_norm.weight, "post_attention_layernorm": layer.ffn_norm.weight,
-            "self_attn.q_proj": wq, "self_attn.k_proj": wk, "self_attn.v_proj": wv,
-            "mlp.gate_proj": gate, "mlp.up_proj": up,
-            "self_attn.o_proj": layer.attention.wo.weight, "mlp.down_proj": layer.feed_forward.w2.weight}.items()}
-    dtype = model.output.weight.dtype  # theirs has norms in the dtype of the rest
-    peer.load_state_dict({name: w.to(dtype) for name, w in state.items()}, assign=True)
-    peer.tie_weights()
-    peer.model.rotary_emb = type(peer.model.rotary_emb)(config).to(model.device)  # its table was on meta
-    return peer
+def ours(args: Namespace, model: Transformer, case: Case, facts: dict) -> Iterator[System]:
+    """Compiled, if asked, comes first: ratios are of the first system over each."""
+    quantization, timed = model.config.quantization, Ours(model, case)
+    for kind in args.ours:
+        steps = compiled_steps(model.device) if kind == "compiled" else Steps()
+        machine.reset_peak_memory(model.device)
+        own = facts | (timed.compile(steps) if kind == "compiled" else {})
+        timed.run(steps)
+        own["peak_memory_bytes"] = machine.peak_memory(model.device)  # before any peer is loaded
+        yield System(f"ours {kind}", functools.partial(timed.run, steps), peers.step_bytes(model, case),
+                     peers.short(model.dtype), str(quantization) if quantization else None, own)
 
 
-def transformers(peer, prompt: list[int], new_tokens: int) -> Times:
-    """Eager transformers as a user calls it: generate() with its default cache."""
-    class Clock:
-        def __init__(self) -> None:
-            self.times: list[float] = []
+def starts(args: Namespace, quantize: str | None) -> dict:
+    """Two new processes of generate.py, with empty caches and then with what the first one left: seconds to load and to
+    compile, and from the process's start to the first token."""
+    found: dict[str, float] = {}
+    command = [sys.executable, "generate.py", "--compile", "--json", "--max_new_tokens", "8", "--device", args.device,
+               "--dtype", args.dtype]
+    command += ["--random_weights", args.random_weights] if args.random_weights else []
+    command += ["--checkpoint_path", str(Path(args.checkpoint_path).absolute())] if args.checkpoint_path else []
+    command += ["--quantize", quantize] if quantize else []
+    with tempfile.TemporaryDirectory() as folder:
+        for state in ("cold", "warm"):
+            start = time.perf_counter()
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                                       cwd=DEMO.parent.parent, env=os.environ | {"XDG_CACHE_HOME": folder})
+            text = process.stdout.read(1)
+            found[f"start_{state}_s"] = time.perf_counter() - start
+            text += process.stdout.read()
+            if process.wait():
+                raise UserError(f"generate.py ended with exit code {process.returncode}; try it: {shlex.join(command)}")
+            said = json.loads(text.splitlines()[-1])
+            found |= {f"load_{state}_s": said["load_s"], f"compile_{state}_s": said["compile_s"]}
+    return found
 
-        def put(self, _: torch.Tensor) -> None:  # called with the prompt, then with each token on the host
-            self.times.append(time.perf_counter())
 
-        def end(self) -> None:
-            pass
-
-    clock = Clock()
-    ids = torch.tensor([prompt], device=peer.device)
-    machine.synchronize(peer.device)
-    start = time.perf_counter()
-    peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-                  do_sample=False, streamer=clock, pad_token_id=0)
-    return start, clock.times[1:]
-
+# -- rounds and rows --------------------------------------------------------------------------------------------------
 
 def commit() -> str:
     """The commit that is measured, marked if the code differs from it (benchmarks/ holds results, not code)."""
@@ -108,90 +136,165 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
-def load(args, quantize: str | None = None) -> Transformer:
-    if args.random_weights:
-        return load_random(args.random_weights, args.device, args.dtype, quantize=quantize)
-    return load_model(args.checkpoint_path or DEMO, args.device, args.dtype, quantize)[0]
+def percentile(values: list[float], share: float) -> float | None:
+    """The least value that so many of them do not pass."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else None
 
 
-def systems(args, model: Transformer, prompt: list[int]) -> dict[str, tuple[Transformer, Callable[[], Times]]]:
-    """Name -> whose weights it reads, and one timed run. Ours compiled comes first: ratios are of it over each."""
-    compiled = compiled_steps(model.device)
-    found = {"ours compiled": (model, lambda: ours(model, prompt, args.new_tokens, compiled)),
-             "ours eager": (model, lambda: ours(model, prompt, args.new_tokens, Steps()))}
-    for peer in args.peers.split(",") if args.peers else []:
-        if peer != "transformers":
-            raise UserError(f"unknown peer {peer!r}; allowed: transformers")
-        if importlib.util.find_spec("transformers") is None:
-            print("transformers is not installed: skipped (pip install -r requirements-dev.txt)", file=sys.stderr)
-            continue
-        floats = load(args) if args.quantize else model
-        run_once = functools.partial(transformers, as_transformers(floats), prompt, args.new_tokens)
-        found["transformers eager"] = floats, run_once
-    return found
+def row_of(system: System, runs: list[Run], first: list[Run], case: Case, bandwidth: float) -> dict:
+    """One system's numbers for one case. Tokens/s are those of all rows of the batch together."""
+    speeds = [case.batch * (case.new_tokens - 1) / run.decode_s for run in runs]
+    moved = statistics.median(system.step_bytes * speed / case.batch for speed in speeds)
+    steps_ms = [s * 1e3 for run in runs for s in run.steps_s]
+    prompts = [run.ttft_s for run in runs if run.ttft_s]
+    ttft = statistics.median(prompts) if prompts else None
+    ratios = [b.decode_s / a.decode_s for a, b in zip(first, runs, strict=True)]
+    return {
+        "system": system.name, "dtype": system.dtype, "quantization": system.quantization,
+        "prompt_tokens": case.prompt_length, "depth": case.depth, "batch": case.batch, "new_tokens": case.new_tokens,
+        "decode_tok_s": statistics.median(speeds), "decode_tok_s_all": speeds,
+        "ms_per_token_p50": percentile(steps_ms, 0.5), "ms_per_token_p99": percentile(steps_ms, 0.99),
+        "ttft_s": ttft, "prefill_tok_s": case.batch * case.prompt_length / ttft if ttft else None,
+        "bytes_per_token": system.step_bytes / case.batch, "gb_s": moved / 1e9, "bandwidth_gb_s": bandwidth / 1e9,
+        "bandwidth_pct": 100 * moved / bandwidth, "ours_over_this": statistics.median(ratios),
+        "ours_over_this_all": ratios,
+        "ours_over_this_prefill": statistics.median(b.ttft_s / a.ttft_s for a, b in zip(first, runs, strict=True))
+        if ttft and first[0].ttft_s else None, **system.facts}
+
+
+def measure_case(args: Namespace, systems: list[System], case: Case, device: torch.device) -> list[dict]:
+    """All rounds of one case: a row per system."""
+    samples: dict[str, list[Run]] = {system.name: [] for system in systems}
+    bandwidth = machine.measure_bandwidth(device)  # in this run, at both ends of it: not the one remembered
+    for i in tqdm(range(args.repeats + 1), desc="rounds", leave=False, disable=None):
+        for system in systems:
+            run = system.run()
+            if i:  # the first round warms up
+                samples[system.name].append(run)
+    bandwidth = max(bandwidth, machine.measure_bandwidth(device))
+    first = samples[systems[0].name]
+    return [row_of(system, samples[system.name], first, case, bandwidth) for system in systems]
+
+
+HEADER = (f"{'system':21} {'weights':15} {'tokens':14} {'tok/s (least-most)':>24} {'ms p50 / p99':>16} "
+          f"{'GB/s':>7} {'of bw':>6} {'first token':>12} {'prompt tok/s':>12} {'ours over this, prompt':>23}")
+
+
+def show(row: dict) -> str:
+    """One row for people, under HEADER."""
+    def number(value: float | None, form: str, unit: str = "") -> str:
+        return "-" if value is None else f"{value:{form}}{unit}"
+    tokens = f"{row['prompt_tokens']}+{row['new_tokens']}" + (f" at {row['depth']}" if row["depth"] else "") + \
+        (f" x{row['batch']}" if row["batch"] > 1 else "")
+    speeds = row["decode_tok_s_all"]
+    speed = f"{row['decode_tok_s']:.1f} ({min(speeds):.1f}-{max(speeds):.1f})"
+    steps = f"{number(row['ms_per_token_p50'], '.2f')} / {number(row['ms_per_token_p99'], '.2f')}"
+    ratios = f"{row['ours_over_this']:.2f}x, {number(row['ours_over_this_prefill'], '.2f', 'x')}"
+    return (f"{row['system']:21} {row['quantization'] or row['dtype']:15} {tokens:14} {speed:>24} {steps:>16} "
+            f"{row['gb_s']:7.1f} {row['bandwidth_pct']:4.0f} % {number(row['ttft_s'], '.4f', ' s'):>12} "
+            f"{number(row['prefill_tok_s'], '.0f'):>12} {ratios:>23}")
+
+
+def cases(args: Namespace) -> Iterator[Case]:
+    for prompt_length, depth, batch in itertools.product(args.prompt_length, args.depth, args.batch):
+        yield Case(prompt_length, args.new_tokens, depth, batch)
+
+
+def run(args: Namespace, command: str) -> Iterator[dict]:
+    """The rows of all cases, each as soon as its case is done."""
+    common = {"model": args.random_weights or args.checkpoint_path or "demo", "torch": torch.__version__,
+              "threads": torch.get_num_threads(), "commit": commit(), "command": command}
+    for quantize in args.quantize:
+        def load(**settings) -> Transformer:
+            own = {"device": args.device, "dtype": args.dtype, "quantize": quantize} | settings  # noqa: B023
+            if args.random_weights:
+                return load_random(args.random_weights, **own)
+            return load_model(args.checkpoint_path or DEMO, **own)[0]
+        start = time.perf_counter()
+        model = load()
+        facts = {"load_s": time.perf_counter() - start}
+        facts |= starts(args, quantize) if args.starts else {}
+        common |= {"machine": machine.device_name(model.device), "device": str(model.device)}
+        with tempfile.TemporaryDirectory() as folder:
+            for case in cases(args):
+                systems = list(ours(args, model, case, facts))
+                systems += peers.peers(args.peers, model, load, case, args.llama_bench, args.gpt_fast, folder)
+                for row in measure_case(args, systems, case, model.device):
+                    yield common | row
+                for system in systems:
+                    system.close()
+        del model, systems
+        gc.collect()
+
+
+# -- command line -----------------------------------------------------------------------------------------------------
+
+def listed(kind: Callable, allowed: tuple = (), least: int = 0) -> Callable[[str], list]:
+    """An argparse type: values between commas."""
+    def read(text: str) -> list:
+        values = [kind(part) for part in text.split(",")]
+        for value in values:
+            if allowed and value not in allowed:
+                raise ArgumentTypeError(f"{value!r}; allowed: {', '.join(allowed)}, with commas between them")
+            if not allowed and value < least:
+                raise ArgumentTypeError(f"{value}; it must be at least {least}")
+        return values
+    read.__name__ = "list"
+    return read
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m scripts.benchmark", description=__doc__.splitlines()[0])
+    p.add_argument("--checkpoint_path", help="default: the demo")
+    p.add_argument("--random_weights", metavar="SHAPE", help="a named shape or a config.json instead")
+    p.add_argument("--suite", help=f"several runs in one, with the other options added to each: {', '.join(SUITES)}")
+    p.add_argument("--prompt_length", type=listed(int, least=1), default=[5], help="tokens (default 5; commas)")
+    p.add_argument("--depth", type=listed(int), default=[0], help="tokens before the prompt (default 0; commas)")
+    p.add_argument("--batch", type=listed(int, least=1), default=[1], help="rows (default 1; commas)")
+    p.add_argument("--new_tokens", type=int, default=64, help="default %(default)s")
+    p.add_argument("--repeats", type=int, default=5, help="counted rounds (default %(default)s)")
+    p.add_argument("--ours", type=listed(str, ("compiled", "eager")), default=["compiled", "eager"],
+                   help="default compiled,eager; ratios are of the first")
+    p.add_argument("--quantize", type=listed(str, ("none", *Quantization.MODES)), default=["none"],
+                   help="none, int8, int4 or int4-pure, rounded while loading (default none; commas)")
+    p.add_argument("--peers", type=listed(str, peers.NAMES), default=[], help=f"{', '.join(peers.NAMES)} (commas)")
+    p.add_argument("--llama_bench", default="llama-bench", metavar="FILE", help="default: the one on PATH")
+    p.add_argument("--gpt_fast", metavar="DIR", help="a folder that holds gpt-fast's files")
+    p.add_argument("--starts", action="store_true", help="also start generate.py anew, with caches empty and filled")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="auto")
+    p.add_argument("--output", type=Path, help="append the rows to this file, a JSON document a line")
+    return p
+
+
+def parse(options: list[str]) -> Namespace:
+    args = parser().parse_args(options)
+    if args.repeats < 1:
+        raise UserError(f"--repeats is {args.repeats}; it must be at least 1")
+    if args.new_tokens < 2:
+        raise UserError(f"--new_tokens is {args.new_tokens}; it must be at least 2, as the first belongs to the prompt")
+    if args.random_weights and args.checkpoint_path:
+        raise UserError("--random_weights and --checkpoint_path were both given; give one of them")
+    if args.suite is not None and args.suite not in SUITES:
+        raise UserError(f"--suite is {args.suite!r}; allowed: {', '.join(SUITES)}")
+    if args.output and not args.output.absolute().parent.is_dir():
+        raise UserError(f"--output {args.output}: there is no such folder")
+    args.quantize = [None if mode == "none" else mode for mode in args.quantize]
+    return args
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m scripts.benchmark", description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint_path", help="default: the demo")
-    parser.add_argument("--random_weights", metavar="SHAPE", help="a named shape or a config.json instead")
-    parser.add_argument("--prompt_length", type=int, default=5)
-    parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peers", help="transformers")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quantize", help="int8, int4 or int4-pure, rounded while loading; peers get the floats")
-    parser.add_argument("--output", type=Path, help="append the rows to this file, a JSON document a line")
-    args = parser.parse_args(argv)
-    for name in ("prompt_length", "repeats"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    if args.new_tokens < 2:
-        raise UserError(f"--new_tokens is {args.new_tokens}; it must be at least 2, as the first belongs to the prompt")
-    rows = run(args, load(args, args.quantize))
-    for row in rows:
-        row["command"] = shlex.join(["python", "-m", "scripts.benchmark", *argv])
-    if args.output:
-        with args.output.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def run(args, model: Transformer) -> list[dict]:
-    """All rounds, the table on screen, and a row per system."""
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(model.config.vocab_size, (args.prompt_length,), generator=generator).tolist()
-    timed = systems(args, model, prompt)
-    samples: dict[str, list] = {name: [] for name in timed}
-    bandwidth = machine.measure_bandwidth(model.device)  # in this run, at both ends of it: not the one remembered
-    for i in tqdm(range(args.repeats + 1), desc="rounds"):
-        for name, (weights, call) in timed.items():
-            start, times = call()
-            if i:  # the first round compiles and warms up
-                samples[name].append(measure(weights, prompt, [0] * len(times), "", "length", start, times))
-    bandwidth = max(bandwidth, machine.measure_bandwidth(model.device))
-    first = next(iter(samples))
-    rows = []
-    for name, runs in samples.items():
-        weights, _ = timed[name]
-        speeds = [s.decode_tok_s for s in runs]
-        ratios = [a.decode_tok_s / b for a, b in zip(samples[first], speeds, strict=True)]
-        moved = statistics.median(s.gb_s for s in runs)
-        rows.append({
-            "system": name, "model": args.random_weights or args.checkpoint_path or "demo",
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "quantization": str(weights.config.quantization) if weights.config.quantization else None,
-            "prompt_tokens": args.prompt_length,
-            "new_tokens": args.new_tokens, "decode_tok_s": statistics.median(speeds), "decode_tok_s_all": speeds,
-            "ttft_s": statistics.median(s.ttft_s for s in runs), "gb_s": moved, "bandwidth_gb_s": bandwidth / 1e9,
-            "bandwidth_pct": 100e9 * moved / bandwidth, "ours_over_this": statistics.median(ratios),
-            "machine": machine.device_name(model.device), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "commit": commit()})
-        print(f"{name:20} {rows[-1]['decode_tok_s']:8.1f} tok/s ({min(speeds):.1f}-{max(speeds):.1f})  "
-              f"{moved:5.1f} GB/s = {rows[-1]['bandwidth_pct']:3.0f} %  "
-              f"first token {rows[-1]['ttft_s'] * 1e3:7.1f} ms  "
-              f"{first} is {rows[-1]['ours_over_this']:.2f}x this")
-    return rows
+    args = parse(argv)
+    at = argv.index("--suite") if "--suite" in argv else len(argv)
+    rest = argv[:at] + argv[at + 2:]
+    print(HEADER)
+    for preset in SUITES[args.suite] if args.suite else [""]:
+        options = [*shlex.split(preset), *rest]
+        for row in run(parse(options), shlex.join(["python", "-m", "scripts.benchmark", *options])):
+            print(show(row), flush=True)
+            if args.output:
+                with args.output.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,288 @@
+"""Other programs beside ours: the same shape, the same numbers where they can hold them, timed call by call.
+
+A peer is made once per case and then run in turns with ours. One that is absent, or cannot hold the case, is skipped
+with a line that says why; peers are extras and their programs are the user's.
+"""
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import device as machine
+from config import ModelConfig
+from errors import UserError
+from model import Transformer
+from scripts.export_gguf import export
+
+NAMES = ("transformers", "llama.cpp", "gpt-fast")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed: `batch` rows read `prompt_length` tokens behind `depth` old ones, and make `new_tokens` more,
+    greedily."""
+    prompt_length: int
+    new_tokens: int
+    depth: int = 0
+    batch: int = 1
+
+    @property
+    def length(self) -> int:
+        return self.depth + self.prompt_length + self.new_tokens
+
+    def prompts(self, vocab_size: int) -> list[list[int]]:
+        """The same each time, other tokens in each row."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.batch, self.depth + self.prompt_length)
+        return torch.randint(vocab_size, shape, generator=generator).tolist()
+
+
+@dataclass
+class Run:
+    """One timed run: seconds to the first token (None if old tokens were read again), seconds for the rest, and what
+    each step of the rest took, if the peer tells."""
+    ttft_s: float | None
+    decode_s: float
+    steps_s: list[float] = field(default_factory=list)
+
+    @classmethod
+    def at(cls, start: float, times: Sequence[float]) -> "Run":
+        """From the time each step's tokens were known on the host."""
+        return cls(times[0] - start, times[-1] - times[0], [b - a for a, b in itertools.pairwise(times)])
+
+
+@dataclass
+class System:
+    """Something that runs the case. `step_bytes`: of weights and caches that one step must read."""
+    name: str
+    run: Callable[[], Run]
+    step_bytes: float
+    dtype: str
+    quantization: str | None
+    facts: dict = field(default_factory=dict)  # more fields for its row
+    close: Callable[[], None] = lambda: None
+
+
+class Absent(Exception):
+    """A peer that is not here, or cannot hold the case."""
+
+
+def step_bytes(model: Transformer, case: Case) -> float:
+    """Bytes of weights and caches that a step reads, on average over the tokens that are made."""
+    attended = case.depth + case.prompt_length + case.new_tokens / 2
+    return model.weight_bytes_per_token(case.batch) + case.batch * model.cache_bytes(attended)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def llama_shaped(c: ModelConfig) -> bool:
+    """Whether a model is what all peers know: Llama's, its rope unscaled, scaled linearly or as Llama 3's."""
+    attention = c.mixers.get("full")
+    simple = ModelConfig(c.vocab_size, c.dim, c.ffn_dim, c.max_seq_len, c.layer_types, c.mixers, norm_eps=c.norm_eps,
+                         tie_embeddings=c.tie_embeddings, dtype=c.dtype, quantization=c.quantization)
+    return c == simple and set(c.layer_types) == {"full"} and not (attention.qk_norm or attention.qkv_bias) \
+        and attention.rope is not None and attention.rope.kind in ("default", "linear", "llama3")
+
+
+# -- transformers -----------------------------------------------------------------------------------------------------
+
+def as_transformers(model: Transformer):
+    """A transformers model that holds our weights (the tensors themselves, split but not copied): Llama's kind only."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    c, attention = model.config, model.config.mixers.get("full")
+    if not llama_shaped(c) or c.quantization:
+        raise Absent("it is compared on unquantized models of Llama's architecture only")
+    keys = {"default": 2, "linear": 3, "llama3": 6}[attention.rope.kind]  # how many of the rope's, below
+    rope = dict(rope_type=attention.rope.kind, rope_theta=attention.rope.theta, factor=attention.rope.factor,
+                low_freq_factor=attention.rope.low_freq_factor, high_freq_factor=attention.rope.high_freq_factor,
+                original_max_position_embeddings=attention.rope.original_max_seq_len)
+    config = LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=len(c.layer_types),
+                         head_dim=attention.head_dim, num_attention_heads=attention.n_heads,
+                         num_key_value_heads=attention.n_kv_heads, intermediate_size=c.ffn_dim,
+                         max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps,
+                         rope_parameters=dict(list(rope.items())[:keys]),
+                         tie_word_embeddings=c.tie_embeddings, eos_token_id=None, bos_token_id=None)
+    with torch.device("meta"):
+        peer = LlamaForCausalLM(config).eval()
+    q, kv = attention.n_heads * attention.head_dim, attention.n_kv_heads * attention.head_dim
+    state = {"model.embed_tokens.weight": model.tok_embeddings.weight, "lm_head.weight": model.output.weight,
+             "model.norm.weight": model.norm.weight}
+    for i, layer in enumerate(model.layers):
+        wq, wk, wv = layer.attention.wqkv.weight.split([q, kv, kv])
+        gate, up = layer.feed_forward.w13.weight.chunk(2)
+        state |= {f"model.layers.{i}.{name}.weight": w for name, w in {
+            "input_layernorm": layer.attention_norm.weight, "post_attention_layernorm": layer.ffn_norm.weight,
+            "self_attn.q_proj": wq, "self_attn.k_proj": wk, "self_attn.v_proj": wv,
+            "mlp.gate_proj": gate, "mlp.up_proj": up,
+            "self_attn.o_proj": layer.attention.wo.weight, "mlp.down_proj": layer.feed_forward.w2.weight}.items()}
+    dtype = model.output.weight.dtype  # theirs has norms in the dtype of the rest
+    peer.load_state_dict({name: w.to(dtype) for name, w in state.items()}, assign=True)
+    peer.tie_weights()
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(config).to(model.device)  # its table was on meta
+    return peer
+
+
+def run_transformers(peer, prompts: list[list[int]], case: Case, **settings) -> Run:
+    """generate() as a user calls it."""
+    times: list[float] = []
+
+    def note(ids: torch.Tensor, _) -> torch.Tensor:  # called after each step, as a criterion to stop
+        machine.synchronize(peer.device)
+        times.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    ids = torch.tensor(prompts, device=peer.device)
+    machine.synchronize(peer.device)
+    start = time.perf_counter()
+    peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=case.new_tokens, do_sample=False,
+                  min_new_tokens=case.new_tokens, stopping_criteria=[note], pad_token_id=0, **settings)
+    run = Run.at(start, times)
+    return Run(None, run.decode_s, run.steps_s) if case.depth else run
+
+
+def transformers(floats: Transformer, case: Case) -> Iterator[System]:
+    """Eager with its default cache, and with a static cache and its own compilation."""
+    if importlib.util.find_spec("transformers") is None:
+        raise Absent("it is not installed; pip install -r requirements-dev.txt")
+    from transformers import CompileConfig, __version__
+    peer, prompts = as_transformers(floats), case.prompts(floats.config.vocab_size)
+    compiled = CompileConfig(mode="reduce-overhead", fullgraph=True)
+    compiled._compile_all_devices = True  # it would leave a CPU uncompiled
+    static = dict(cache_implementation="static", compile_config=compiled)
+    for name, settings in (("transformers eager", {}), ("transformers compiled", static)):
+        yield System(name, functools.partial(run_transformers, peer, prompts, case, **settings),
+                     step_bytes(floats, case), short(floats.dtype), None, {"version": __version__})
+
+
+# -- llama.cpp --------------------------------------------------------------------------------------------------------
+
+def run_llama_bench(program: str, file: Path, case: Case, gpu: bool) -> tuple[Run, dict]:
+    """Its own benchmark, once for the prompt and once for the tokens after it; also what it says of itself."""
+    command = [program, "-m", str(file), "-r", "1", "-o", "json", "-t", str(torch.get_num_threads()),
+               "-ngl", "99" if gpu else "0"]
+    steps = case.new_tokens - 1  # the first belongs to the prompt
+    seconds = []
+    for size in (["-p", str(case.prompt_length), "-n", "0", "-d", str(case.depth)],
+                 ["-p", "0", "-n", str(steps), "-d", str(case.depth + case.prompt_length)]):
+        # huge pages are its best setting on Linux, as they are ours
+        done = subprocess.run([*command, *size], capture_output=True, text=True,
+                              env=os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
+        try:
+            found, = json.loads(done.stdout)
+            seconds.append(found["avg_ns"] / 1e9)
+        except (ValueError, KeyError, TypeError):
+            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise Absent(f"{program} failed with exit code {done.returncode}: {last}") from None
+    return Run(seconds[0], seconds[1]), found
+
+
+def llama_cpp(model: Transformer, exact: Callable[[], Transformer], case: Case, program: str,
+              folder: str) -> Iterator[System]:
+    """llama-bench on a GGUF of our numbers, which `exact` gives unpacked. `folder` keeps the file for more cases."""
+    if shutil.which(program) is None:
+        raise Absent(f"{program} is not on PATH; say where it is with --llama_bench FILE")
+    if case.batch > 1:
+        raise Absent("its benchmark has no batches")
+    quantization, gpu = model.config.quantization, model.device.type != "cpu"
+    file = Path(folder) / f"{quantization}.gguf"
+    try:
+        if not file.exists():
+            export(exact(), None, file)
+    except UserError as e:
+        raise Absent(str(e)) from None
+    attended = case.depth + case.prompt_length + case.new_tokens / 2
+    cache = model.cache_bytes(attended) * 2 / model.dtype.itemsize  # its own is float16
+    _, found = run_llama_bench(program, file, Case(1, 2), gpu)
+    theirs = {"int8": "Q8_0", "int4": "Q4_0, head Q8_0", "int4-pure": "Q4_0"}
+    yield System("llama.cpp", lambda: run_llama_bench(program, file, case, gpu)[0], found["model_size"] + cache,
+                 short(model.dtype), theirs[quantization.mode] if quantization else None,
+                 {"version": found["build_commit"]})
+
+
+# -- gpt-fast ---------------------------------------------------------------------------------------------------------
+
+class GptFast:
+    """gpt-fast in a process of its own, as its modules are called like ours: it answers each line with a run."""
+
+    def __init__(self, arguments: dict) -> None:
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        command = [sys.executable, str(Path(__file__).with_name("gpt_fast_peer.py")), json.dumps(arguments)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+                                        text=True, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+
+    def ask(self) -> dict:
+        """The next line of what it says."""
+        for line in self.process.stdout:
+            if line.startswith('{"'):  # it may print more
+                return json.loads(line)
+        self.log.seek(0)
+        last = (self.log.read().strip().splitlines() or ["it said nothing"])[-1]
+        raise Absent(f"gpt-fast ended with exit code {self.process.wait()}: {last}")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def run(self, case: Case) -> Run:
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        said = self.ask()
+        return Run(None if case.depth else said["ttft_s"], said["decode_s"])
+
+
+def gpt_fast(model: Transformer, case: Case, folder: str | None) -> Iterator[System]:
+    """Random weights of this shape: it has no loader for our folders. Its int4 has a scale and a zero for 32."""
+    if folder is None:
+        raise Absent("say where it is with --gpt_fast DIR")
+    c = model.config
+    attention = c.mixers.get("full")
+    if not llama_shaped(c) or attention.head_dim * attention.n_heads != c.dim or attention.rope.kind == "linear":
+        raise Absent("it holds models of Llama's architecture only")
+    if not (Path(folder) / "quantize.py").is_file():
+        raise Absent(f"--gpt_fast {folder} does not hold its files")
+    mode = c.quantization.mode.removesuffix("-pure") if c.quantization else None
+    rope = None if attention.rope.kind == "default" else dict(
+        factor=attention.rope.factor, low_freq_factor=attention.rope.low_freq_factor,
+        high_freq_factor=attention.rope.high_freq_factor,
+        original_max_position_embeddings=attention.rope.original_max_seq_len)
+    shape = dict(block_size=c.max_seq_len, vocab_size=c.vocab_size, n_layer=len(c.layer_types), dim=c.dim,
+                 n_head=attention.n_heads, n_local_heads=attention.n_kv_heads, intermediate_size=c.ffn_dim,
+                 rope_base=attention.rope.theta, norm_eps=c.norm_eps, rope_scaling=rope)
+    peer = GptFast(dict(folder=str(Path(folder).resolve()), shape=shape, mode=mode, device=str(model.device),
+                        dtype=short(model.dtype), batch=case.batch, prompt=case.prompts(c.vocab_size)[0],
+                        new_tokens=case.new_tokens))
+    said = peer.ask()
+    yield System("gpt-fast", lambda: peer.run(case), said["bytes"] + case.batch * model.cache_bytes(case.length),
+                 short(model.dtype), mode, {"version": Path(folder).resolve().name}, peer.close)
+
+
+def peers(wanted: Sequence[str], model: Transformer, load: Callable[..., Transformer], case: Case, llama_bench: str,
+          gpt_fast_folder: str | None, folder: str) -> Iterator[System]:
+    """The systems of the peers asked for. `load(**settings)` makes the case's model anew; `folder` takes files."""
+    quantized = model.config.quantization is not None
+    for name in wanted:
+        try:
+            if name == "transformers":
+                yield from transformers(load(quantize=None) if quantized else model, case)
+            elif name == "llama.cpp":
+                settings = dict(dtype="fp32") if quantized else {}  # 16 bits would be packed
+                plain = not quantized and model.device.type == "cpu"
+                yield from llama_cpp(model, lambda: model if plain else load(device="cpu", **settings),  # noqa: B023
+                                     case, llama_bench, folder)
+            else:
+                yield from gpt_fast(model, case, gpt_fast_folder)
+        except Absent as e:
+            print(f"{name} is skipped: {e}", file=sys.stderr)
