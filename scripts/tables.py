@@ -1,0 +1,157 @@
+"""README's tables from the rows in benchmarks/, so that no number is copied by hand.
+
+    python -m scripts.tables
+
+What stands between `<!-- speed -->` and `<!-- end -->` there, and likewise for starts and quality, is written anew. Of
+rows that measure the same on the same machine the last one counts.
+"""
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from errors import Parser, UserError, run_command
+
+ROOT = Path(__file__).parent.parent
+PEERS = {"transformers eager": "transformers", "transformers compiled": "its compiled", "llama.cpp": "llama.cpp",
+         "gpt-fast": "gpt-fast"}
+Case = list[dict]  # the rows of one case, ours first
+
+
+def read_rows(folder: Path = ROOT / "benchmarks") -> list[dict]:
+    """All rows, file by file."""
+    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def cases(rows: Iterable[dict]) -> list[Case]:
+    """Rows of speed by what was timed, the last of each; those of a machine together, in the order of the rows."""
+    found: dict[tuple, Case] = {}
+    for row in rows:
+        if "decode_tok_s" not in row:
+            continue
+        if row["system"].startswith("ours") and row["ours_over_this"] == 1:  # the first of its case
+            key = tuple(row.get(name) for name in ("machine", "model", "dtype", "quantization", "prompt_tokens",
+                                                   "new_tokens", "depth", "batch"))
+            key = (*key[:6], key[6] or 0, key[7] or 1)
+            found.pop(key, None)  # the last one stands where it was measured
+            found[key] = case = []
+        case.append(row)
+    machines = list(dict.fromkeys(case[0]["machine"] for case in reversed(found.values())))  # the newest first
+    return sorted(found.values(), key=lambda case: machines.index(case[0]["machine"]))
+
+
+def table(head: str, lines: Iterable[str]) -> str:
+    columns = head.count("|") + 1
+    return "\n".join([f"| {head} |", "|---" * columns + "|", *(f"| {line} |" for line in lines)])
+
+
+def speed_table(rows: list[dict]) -> str:
+    """For each machine a table, and the commands that its rows name by number."""
+    parts = []
+    for machine, group in itertools.groupby(cases(rows), lambda case: case[0]["machine"]):
+        found = list(group)
+        commands = list(dict.fromkeys(command_of(case[0]) for case in found))
+        peers = [name for name in PEERS if any(row["system"] == name for case in found for row in case)]
+        head = " | ".join(["model", "weights", "tokens", "MB/token", "tok/s", "GB/s", "of bandwidth", "first token",
+                           *(f"times {PEERS[name]}" for name in peers), "commit", "run"])
+        bandwidths = [case[0]["bandwidth_gb_s"] for case in found]
+        threads = " or ".join(map(str, sorted({case[0]["threads"] for case in found})))
+        parts.append(f"**{machine}**, {threads} threads, torch {found[-1][0]['torch']}, read bandwidth "
+                     f"{min(bandwidths):.0f} to {max(bandwidths):.0f} GB/s in these runs:\n")
+        parts.append(table(head, (speed_line(case, peers, commands) for case in found)))
+        listed = "\n".join(f"{command}  # {i}" for i, command in enumerate(commands, 1))
+        parts.append(f"\n```sh\n{listed}\n```\n")
+    return "\n".join(parts).rstrip()
+
+
+def speed_line(case: Case, peers: list[str], commands: list[str]) -> str:
+    ours = case[0]
+    tokens = f"{ours['prompt_tokens']} + {ours['new_tokens']}" + \
+        (f" behind {ours['depth']}" if ours.get("depth") else "") + \
+        (f", {ours['batch']} rows" if ours.get("batch", 1) > 1 else "")
+    first = ours["ttft_s"]
+    by_name = {row["system"]: row for row in case}
+    bytes_per_token = ours.get("bytes_per_token") or 1e9 * ours["gb_s"] / ours["decode_tok_s"]
+    return " | ".join([
+        Path(ours["model"]).stem if ours["model"].endswith(".json") else ours["model"],
+        ours.get("quantization") or ours["dtype"], tokens, f"{bytes_per_token / 1e6:.0f}",
+        number(ours["decode_tok_s"]), f"{ours['gb_s']:.1f}", f"{ours['bandwidth_pct']:.0f} %",
+        "" if first is None else f"{first:.2f} s" if first >= 0.1 else f"{first * 1e3:.1f} ms",
+        *(ratio(by_name.get(name)) for name in peers), ours["commit"],
+        str(commands.index(command_of(ours)) + 1)])
+
+
+def command_of(row: dict) -> str:
+    """What makes the row again, wherever it is kept."""
+    return re.sub(r" --output \S+", "", row["command"])
+
+
+def number(speed: float) -> str:
+    return f"{speed:.1f}" if speed < 100 else f"{speed:.0f}"
+
+
+def ratio(row: dict | None) -> str:
+    """Ours over a peer: decoding, and the prompt where it is long enough to be one."""
+    if row is None:
+        return ""
+    prompt = row.get("ours_over_this_prefill") if row["prompt_tokens"] >= 64 else None
+    return f"{row['ours_over_this']:.2f}" + (f", prompt {prompt:.2f}" if prompt else "")
+
+
+def starts_table(rows: list[dict]) -> str:
+    """Seconds from a process's start to its first token, with empty caches and with filled ones; and parts of that."""
+    lines: dict[tuple, str] = {}
+    for row in rows:
+        if "start_cold_s" in row and row["system"] == "ours compiled":
+            weights = row.get("quantization") or row["dtype"]
+            key = row["machine"], row["model"], weights
+            pairs = (f"{row[f'{what}_cold_s']:.1f} / {row[f'{what}_warm_s']:.1f} s"
+                     for what in ("start", "load", "compile"))
+            lines[key] = " | ".join([row["model"], weights, *pairs, row["machine"], row["commit"]])
+    return table("model | weights | first token, cold / warm | loading | compiling | machine | commit", lines.values())
+
+
+def quality_table(rows: list[dict]) -> str:
+    found = {row["weights"]: row for row in rows if row.get("kind") == "quality"}
+    lines = (f"{r['weights']} | {r['bits']:.2f} | {r['perplexity']:.3f} | {r['kl']:.5f} | {r['agreement']:.2f} %"
+             for r in found.values())
+    last = list(found.values())[-1]
+    return table("weights | bits each | perplexity | KL to bf16, nats/token | same likeliest token", lines) + \
+        f"\n\n`{command_of(last)}`, commit {last['commit']}, {last['machine']}."
+
+
+TABLES = {"speed": speed_table, "starts": starts_table, "quality": quality_table}
+
+
+def pieces(text: str) -> Iterator[tuple[str | None, str]]:
+    """(None, prose) and (name of a table, what stands there) in turns. UserError if a mark lacks its end."""
+    while text:
+        marks = {text.index(f"<!-- {name} -->"): name for name in TABLES if f"<!-- {name} -->" in text}
+        if not marks:
+            yield None, text
+            return
+        name = marks[min(marks)]
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        inside, end, text = rest.partition("<!-- end -->")
+        if not mark or not end:
+            raise UserError(f"README.md has <!-- {name} --> without a line <!-- end --> behind it; put one there")
+        yield None, before + mark
+        yield name, inside
+        text = end + text
+
+
+def written(text: str, rows: list[dict]) -> str:
+    """README with its tables made of these rows."""
+    return "".join(old if name is None else f"{TABLES[name](rows)}\n" for name, old in pieces(text))
+
+
+def main(argv: list[str]) -> None:
+    Parser(prog="python -m scripts.tables", description=__doc__.splitlines()[0]).parse_args(argv)
+    readme = ROOT / "README.md"
+    text = written(readme.read_text("utf-8"), read_rows())
+    readme.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,50 @@
+"""README's tables hold the numbers of the files, and nothing else."""
+import random
+import re
+
+import pytest
+from conftest import ROOT
+
+from errors import UserError
+from scripts import tables
+
+README = (ROOT / "README.md").read_text()
+
+
+def row(**fields) -> dict:
+    return {"system": "ours compiled", "machine": "M", "model": "m", "dtype": "bfloat16", "quantization": None,
+            "prompt_tokens": 5, "new_tokens": 9, "decode_tok_s": random.uniform(1, 99), "gb_s": 1.0, "ttft_s": 0.5,
+            "bandwidth_gb_s": 10.0, "bandwidth_pct": 10.0, "ours_over_this": 1.0, "threads": 2, "torch": "2",
+            "commit": "abc", "command": "python -m scripts.benchmark --output x"} | fields
+
+
+def test_the_readmes_tables_are_those_of_the_files():
+    assert tables.written(README, tables.read_rows()) == README
+
+
+def test_each_published_row_says_where_it_comes_from():
+    for found in tables.read_rows():
+        assert found["commit"] and "dirty" not in found["commit"] and found["machine"]
+        assert re.match(r"python -m scripts\.\w+", found["command"])
+
+
+def test_the_last_measurement_of_the_same_counts_with_its_own_peers():
+    old, new, other = row(), row(commit="def"), row(machine="N")
+    peers = [row(system="llama.cpp", ours_over_this=x) for x in (2.0, 3.0)]
+    deep = row(depth=64)
+    found = tables.cases([old, peers[0], other, new, peers[1], deep, {"kind": "quality"}])
+    assert found == [[new, peers[1]], [deep], [other]]  # the machine that was measured last comes first
+    text = tables.speed_table([old, peers[0], other, new, peers[1]])
+    assert f"| {new['decode_tok_s']:.1f} |" in text and f"| {old['decode_tok_s']:.1f} |" not in text
+    assert "| 3.00 | def | 1 |" in text and "\npython -m scripts.benchmark  # 1\n" in text
+
+
+def test_what_is_not_a_table_stays():
+    rows = [row(start_cold_s=3.0, start_warm_s=2.0, load_cold_s=1.0, load_warm_s=1.0, compile_cold_s=1.0,
+                compile_warm_s=0.5)]
+    text = "a\n<!-- starts -->\nstale\n<!-- end -->\nb\n<!-- speed -->\n<!-- end -->\nc\n"
+    done = tables.written(text, rows)
+    assert "stale" not in done and "| 3.0 / 2.0 s |" in done and tables.written(done, rows) == done
+    assert re.sub(r"(?s)(<!-- (?:starts|speed) -->\n).*?(<!-- end -->)", r"\1\2", done) == text.replace("stale\n", "")
+    with pytest.raises(UserError, match="without a line"):
+        tables.written("<!-- speed -->\n", rows)
