@@ -44,16 +44,16 @@ SUITES = {  # lists of options, a run of the benchmark each
     "cpu": ["--new_tokens 200 --repeats 7",
             f"{ONE_B} --quantize none,int8,int4 --new_tokens 48",
             f"{ONE_B} --quantize none,int8,int4 --prompt_length 128 --new_tokens 8 --repeats 3",
-            f"{ONE_B} --quantize int4 --depth 1024,4096 --new_tokens 32 --repeats 3 --ours compiled",
-            f"{ONE_B} --quantize int4 --batch 2,4,8 --new_tokens 32 --repeats 3 --ours compiled",
+            f"{ONE_B} --quantize int4 --depth 0,1024,4096 --new_tokens 32 --repeats 3 --ours compiled",
+            f"{ONE_B} --quantize int4 --batch 1,2,4,8 --new_tokens 32 --repeats 3 --ours compiled",
             "--random_weights benchmarks/qwen3-moe-8-layers.json --quantize none,int4 --new_tokens 32 --repeats 3",
             "--random_weights Gemma-3-1B --quantize none,int4 --new_tokens 32 --repeats 3",
             "--random_weights Qwen3.5-4B --quantize int4 --new_tokens 16 --repeats 3"],
     "cuda": [*(f"--random_weights {shape} --quantize none,int8,int4 --new_tokens 200"
                for shape in ("Llama-2-7B", "Llama-3.1-8B", "Llama-3.2-1B", "Qwen3.5-4B")),
              "--random_weights Llama-3.1-8B --prompt_length 2048 --new_tokens 8 --ours compiled",
-             "--random_weights Llama-3.1-8B --depth 32768 --new_tokens 64 --ours compiled",
-             "--random_weights Llama-3.1-8B --batch 8 --new_tokens 200 --ours compiled"]}
+             "--random_weights Llama-3.1-8B --depth 0,4096,32768 --new_tokens 64 --ours compiled",
+             "--random_weights Llama-3.1-8B --batch 1,2,4,8 --new_tokens 100 --ours compiled"]}
 
 
 # -- ours -------------------------------------------------------------------------------------------------------------
