@@ -41,13 +41,13 @@ GREEDY = Sampling(temperature=0)
 ONE_B = "--random_weights Llama-3.2-1B"
 SUITES = {  # lists of options, a run of the benchmark each
     "quick": ["--new_tokens 100 --repeats 3"],
-    "cpu": ["--new_tokens 200 --repeats 7",
-            f"{ONE_B} --quantize none,int8,int4 --new_tokens 48",
-            f"{ONE_B} --quantize none,int8,int4 --prompt_length 128 --new_tokens 8 --repeats 3",
-            f"{ONE_B} --quantize int4 --depth 0,1024,4096 --new_tokens 32 --repeats 3 --ours compiled",
+    "cpu": ["--new_tokens 200 --repeats 7 --starts",
+            f"{ONE_B} --quantize none,int8,int4,int4-pure --new_tokens 32 --repeats 3",
+            f"{ONE_B} --quantize none,int8,int4-pure --prompt_length 128 --new_tokens 4 --repeats 3 --ours compiled",
+            f"{ONE_B} --quantize int4 --depth 0,1024,4096 --new_tokens 32 --repeats 3 --ours compiled --starts",
             f"{ONE_B} --quantize int4 --batch 1,2,4,8 --new_tokens 32 --repeats 3 --ours compiled",
-            "--random_weights benchmarks/qwen3-moe-8-layers.json --quantize none,int4 --new_tokens 32 --repeats 3",
-            "--random_weights Gemma-3-1B --quantize none,int4 --new_tokens 32 --repeats 3",
+            "--random_weights benchmarks/qwen3-moe-8-layers.json --quantize int4 --new_tokens 32 --repeats 3",
+            "--random_weights Gemma-3-1B --quantize int4 --new_tokens 32 --repeats 3",
             "--random_weights Qwen3.5-4B --quantize int4 --new_tokens 16 --repeats 3"],
     "cuda": [*(f"--random_weights {shape} --quantize none,int8,int4 --new_tokens 200"
                for shape in ("Llama-2-7B", "Llama-3.1-8B", "Llama-3.2-1B", "Qwen3.5-4B")),
