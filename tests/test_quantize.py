@@ -244,8 +244,10 @@ def test_the_packed_layout_differs_by_the_rounding_of_activations_only(packs, na
     truth = torch.stack([tiny_models.run(model, ids, 3) for ids in prompts])
     off, rounding_off = (((logits - truth).norm(dim=-1) / truth.norm(dim=-1)).flatten().sort()[0]
                          for logits in (got, plain))
-    assert off[2] < 2e-5  # a number on the edge between two may fall either way: seldom, and then it shows
-    assert off[-1] < 0.1 and rounding_off[0] > 1e-4
+    assert off[4] < 2e-5 and rounding_off[0] > 1e-4
+    # a number on the edge between two may fall either way: seldom, and then it shows, in an expert chosen otherwise as
+    # much as all rounding does
+    assert off[-1] < 3 * rounding_off[-1]
     assert all(module.packed == (module.weight.dtype in (torch.int8, torch.uint8))
                for module in packed.modules() if isinstance(module, Matrix))
     assert packed.weight_bytes_per_token() < 1.3 * model.weight_bytes_per_token()  # whole tiles of tiny matrices
