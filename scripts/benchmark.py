@@ -286,7 +286,7 @@ def parse(options: list[str]) -> Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     at = argv.index("--suite") if "--suite" in argv else len(argv)
-    rest = argv[:at] + argv[at + 2:]
+    rest = [option for option in argv[:at] + argv[at + 2:] if not option.startswith("--suite=")]
     print(HEADER)
     for preset in SUITES[args.suite] if args.suite else [""]:
         options = [*shlex.split(preset), *rest]
