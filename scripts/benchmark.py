@@ -6,7 +6,7 @@
     python -m scripts.benchmark --suite cpu --output benchmarks/cpu.jsonl
 
 Every system gets the same shape and prompts (and the same numbers, gpt-fast apart), and decodes exactly --new_tokens
-tokens, greedily. One uncounted run each comes first. Options with commas make a case of each combination; each case is
+tokens, greedily, after --warmup uncounted rounds. Options with commas make a case of each combination; each case is
 a row for each system, on screen and as a JSON document in --output.
 """
 import functools
@@ -163,17 +163,22 @@ def row_of(system: System, runs: list[Run], first: list[Run], case: Case, bandwi
 
 
 def measure_case(args: Namespace, systems: list[System], case: Case, device: torch.device) -> list[dict]:
-    """All rounds of one case: a row per system."""
+    """All rounds of one case: a row per system. A peer that fails on the way is left out, with a line."""
     samples: dict[str, list[Run]] = {system.name: [] for system in systems}
     bandwidth = machine.measure_bandwidth(device)  # in this run, at both ends of it: not the one remembered
-    for i in tqdm(range(args.repeats + 1), desc="rounds", leave=False, disable=None):
-        for system in systems:
-            run = system.run()
-            if i:  # the first round warms up
+    for i in tqdm(range(args.warmup + args.repeats), desc="rounds", leave=False, disable=None):
+        for system in [system for system in systems if system.name in samples]:
+            try:
+                run = system.run()
+            except peers.Absent as e:
+                print(f"{system.name} is left out: {e}", file=sys.stderr)
+                del samples[system.name]
+                continue
+            if i >= args.warmup:
                 samples[system.name].append(run)
     bandwidth = max(bandwidth, machine.measure_bandwidth(device))
-    first = samples[systems[0].name]
-    return [row_of(system, samples[system.name], first, case, bandwidth) for system in systems]
+    first, left = samples[systems[0].name], [system for system in systems if system.name in samples]
+    return [row_of(system, samples[system.name], first, case, bandwidth) for system in left]
 
 
 HEADER = (f"{'system':21} {'weights':15} {'tokens':14} {'tok/s (least-most)':>24} {'ms p50 / p99':>16} "
@@ -219,10 +224,12 @@ def run(args: Namespace, command: str) -> Iterator[dict]:
             for case in cases(args):
                 systems = list(ours(args, model, case, facts))
                 systems += peers.peers(args.peers, model, load, case, args.llama_bench, args.gpt_fast, folder)
-                for row in measure_case(args, systems, case, model.device):
-                    yield common | row
-                for system in systems:
-                    system.close()
+                try:
+                    rows = measure_case(args, systems, case, model.device)
+                finally:
+                    for system in systems:
+                        system.close()
+                yield from (common | row for row in rows)
         del model, systems
         gc.collect()
 
@@ -253,6 +260,7 @@ def parser() -> Parser:
     p.add_argument("--batch", type=listed(int, least=1), default=[1], help="rows (default 1; commas)")
     p.add_argument("--new_tokens", type=int, default=64, help="default %(default)s")
     p.add_argument("--repeats", type=int, default=5, help="counted rounds (default %(default)s)")
+    p.add_argument("--warmup", type=int, default=1, help="uncounted rounds before them (default %(default)s)")
     p.add_argument("--ours", type=listed(str, ("compiled", "eager")), default=["compiled", "eager"],
                    help="default compiled,eager; ratios are of the first")
     p.add_argument("--quantize", type=listed(str, ("none", *Quantization.MODES)), default=["none"],
@@ -271,14 +279,16 @@ def parse(options: list[str]) -> Namespace:
     args = parser().parse_args(options)
     if args.repeats < 1:
         raise UserError(f"--repeats is {args.repeats}; it must be at least 1")
+    if args.warmup < 0:
+        raise UserError(f"--warmup is {args.warmup}; it must be at least 0")
     if args.new_tokens < 2:
         raise UserError(f"--new_tokens is {args.new_tokens}; it must be at least 2, as the first belongs to the prompt")
     if args.random_weights and args.checkpoint_path:
         raise UserError("--random_weights and --checkpoint_path were both given; give one of them")
     if args.suite is not None and args.suite not in SUITES:
         raise UserError(f"--suite is {args.suite!r}; allowed: {', '.join(SUITES)}")
-    if args.output and not args.output.absolute().parent.is_dir():
-        raise UserError(f"--output {args.output}: there is no such folder")
+    if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
+        raise UserError(f"--output {args.output}: no such folder, or it is one; a file is expected")
     args.quantize = [None if mode == "none" else mode for mode in args.quantize]
     return args
 
@@ -293,8 +303,11 @@ def main(argv: list[str]) -> None:
         for row in run(parse(options), shlex.join(["python", "-m", "scripts.benchmark", *options])):
             print(show(row), flush=True)
             if args.output:
-                with args.output.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                try:
+                    with args.output.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                except OSError as e:
+                    raise UserError(f"--output {args.output} cannot be written ({e}); give another file") from None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A peer is made once per case and then run in turns with ours. One that is absent, or cannot hold the case, is skipped
 with a line that says why; peers are extras and their programs are the user's.
 """
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -198,11 +199,8 @@ def llama_cpp(model: Transformer, exact: Callable[[], Transformer], case: Case, 
         raise Absent("its benchmark has no batches")
     quantization, gpu = model.config.quantization, model.device.type != "cpu"
     file = Path(folder) / f"{quantization}.gguf"
-    try:
-        if not file.exists():
-            export(exact(), None, file)
-    except UserError as e:
-        raise Absent(str(e)) from None
+    if not file.exists():
+        export(exact(), None, file)
     attended = case.depth + case.prompt_length + case.new_tokens / 2
     cache = model.cache_bytes(attended) * 2 / model.dtype.itemsize  # its own is float16
     _, found = run_llama_bench(program, file, Case(1, 2), gpu)
@@ -237,8 +235,9 @@ class GptFast:
         self.process.wait()
 
     def run(self, case: Case) -> Run:
-        self.process.stdin.write("run\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `ask` says why
+            self.process.stdin.write("run\n")
+            self.process.stdin.flush()
         said = self.ask()
         return Run(None if case.depth else said["ttft_s"], said["decode_s"])
 
@@ -284,5 +283,5 @@ def peers(wanted: Sequence[str], model: Transformer, load: Callable[..., Transfo
                                      case, llama_bench, folder)
             else:
                 yield from gpt_fast(model, case, gpt_fast_folder)
-        except Absent as e:
+        except (Absent, UserError) as e:  # the latter: no memory for its weights, no form for such a model
             print(f"{name} is skipped: {e}", file=sys.stderr)

@@ -180,6 +180,24 @@ def test_a_peer_that_cannot_run_is_skipped_with_a_line(options, said, command, f
     assert code == 0 and said in err and "Traceback" not in err and len(out.splitlines()) == 2
 
 
+def test_a_peer_that_fails_on_the_way_is_left_out_and_the_others_stay(monkeypatch, capsys, quickly):
+    calls = []
+
+    def fail() -> Run:
+        calls.append(1)
+        if len(calls) == 2:
+            raise peers.Absent("it fell over")
+        return Run(1.0, 1.0)
+
+    good = [System(name, lambda: Run(1.0, 1.0), 1e6, "bfloat16", None) for name in ("ours", "other")]
+    args = benchmark.parse(["--warmup", "2", "--repeats", "3"])
+    rows = benchmark.measure_case(args, [good[0], System("peer", fail, 1.0, "bfloat16", None), good[1]], Case(5, 4),
+                                  torch.device("cpu"))
+    assert [row["system"] for row in rows] == ["ours", "other"] and len(calls) == 2
+    assert all(len(row["decode_tok_s_all"]) == 3 for row in rows)
+    assert capsys.readouterr().err == "peer is left out: it fell over\n"
+
+
 def test_starts_are_those_of_new_processes_with_empty_and_with_filled_caches(tmp_path, monkeypatch):
     stand_in = tmp_path / "python"
     stand_in.write_text(f"#!{sys.executable}\nimport json, os, pathlib, sys\nmark = pathlib.Path(os.environ['XDG_CACHE_"
@@ -229,7 +247,8 @@ def test_every_suite_is_made_of_options():
     (["--batch", "2,0"], "at least 1"),
     (["--new_tokens", "1"], "at least 2"), (["--suite", "all"], "allowed: quick"), (["--depth", "x"], "list"),
     (["--quantize", "int3"], "allowed: none, int8"), (["--output", "/no/such/folder/x"], "no such folder"),
-    (["--random_weights", "a", "--checkpoint_path", "b"], "give one")])
+    (["--random_weights", "a", "--checkpoint_path", "b"], "give one"), (["--warmup", "-1"], "at least 0"),
+    (["--output", "/"], "a file is expected")])
 def test_bad_options(arguments, words, command):
     code, _, err = command(benchmark.main, *arguments)
     assert code == 2 and words in err and err.count("\n") == 1
