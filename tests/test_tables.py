@@ -34,6 +34,7 @@ def test_the_last_measurement_of_the_same_counts_with_its_own_peers():
     deep = row(depth=64)
     found = tables.cases([old, peers[0], other, new, peers[1], deep, {"kind": "quality"}])
     assert found == [[new, peers[1]], [deep], [other]]  # the machine that was measured last comes first
+    assert tables.cases([old, deep, new]) == [[deep], [new]]  # where it was measured, not where it was at first
     text = tables.speed_table([old, peers[0], other, new, peers[1]])
     assert f"| {new['decode_tok_s']:.1f} |" in text and f"| {old['decode_tok_s']:.1f} |" not in text
     assert "| 3.00 | def | 1 |" in text and "\npython -m scripts.benchmark  # 1\n" in text
