@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import device as machine
+from aot import AheadOfTime
 from errors import UserError
 from model import Transformer
 from sampling import Sampling, sample
@@ -41,15 +42,18 @@ class Steps:
     decode: Callable = decode
 
 
-def compiled_steps(device: torch.device, compile_prefill: bool = False) -> Steps:
-    """The decode step as one graph (a CUDA graph where there are such), and the prefill step if asked.
+def compiled_steps(device: torch.device, compile_prefill: bool = False, **settings) -> Steps:
+    """The decode step as one graph, and the prefill step if asked: one for length 1, one for all above.
 
-    Prefill gets one graph for every length from 2 up and one for length 1.
+    On a GPU the decode step becomes a CUDA graph where there are such; on a CPU, a library that is kept for the next
+    process, made with such `settings` of torch._inductor.config.
     """
-    machine.configure_compiler(device)
+    if compile_prefill or device.type != "cpu":
+        machine.configure_compiler(device)
     return Steps(
         prefill=torch.compile(prefill, fullgraph=True, dynamic=True) if compile_prefill else prefill,
-        decode=torch.compile(decode, mode="reduce-overhead", fullgraph=True))
+        decode=AheadOfTime(decode, **settings) if device.type == "cpu" else
+        torch.compile(decode, mode="reduce-overhead", fullgraph=True))
 
 
 # -- generation -------------------------------------------------------------------------------------------------------

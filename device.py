@@ -77,6 +77,16 @@ def device_name(device: torch.device) -> str:
     return name if vectors == "DEFAULT" or device.type != "cpu" else f"{name} with {vectors}"
 
 
+def instruction_sets() -> str:
+    """What a CPU can do, as the system words it: code that was compiled for one machine may not run on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    features = [line for line in lines if line.startswith(("flags", "Features"))]
+    return " ".join([platform.machine(), device_name(torch.device("cpu")), *features[:1]])
+
+
 # -- clocks and memory ------------------------------------------------------------------------------------------------
 
 def synchronize(device: torch.device) -> None:
@@ -144,12 +154,24 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-# -- bandwidth --------------------------------------------------------------------------------------------------------
+# -- what is kept -----------------------------------------------------------------------------------------------------
 
 def cache_dir() -> Path:
     """Where this project keeps what it may recompute: compiled code and the measured bandwidth."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "readonce"
 
+
+def kept_folder(name: str) -> Path | None:
+    """A folder of `cache_dir`, made if need be; None where nothing can be kept, as in a read-only home."""
+    folder = cache_dir() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+# -- bandwidth --------------------------------------------------------------------------------------------------------
 
 def measure_bandwidth(device: torch.device, repeats: int = 7) -> float:
     """Read bandwidth in bytes/s: the best of plain reductions over a buffer far larger than any cache."""
@@ -202,9 +224,7 @@ def missing_for_compilation(device: torch.device) -> str | None:
 
 def configure_compiler(device: torch.device) -> None:
     """Settings of torch.compile for the decode step. They are process-wide: called when something is to be compiled."""
-    kept = cache_dir() / "inductor"
-    with contextlib.suppress(OSError):  # a read-only home: torch's own choice, a temporary folder
-        kept.mkdir(parents=True, exist_ok=True)
+    if kept := kept_folder("inductor"):  # else torch's own choice, a temporary folder
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))  # read when inductor is imported
     import torch._dynamo.config
     import torch._inductor.config
@@ -219,15 +239,23 @@ def configure_compiler(device: torch.device) -> None:
 
 def forget_compilations() -> None:
     """Let `compile_cache_state` speak of what is compiled from now on."""
+    if "torch._dynamo" in sys.modules:
+        from torch._dynamo.utils import counters
+        counters.clear()
+
+
+def note_compilation() -> None:
+    """Let `compile_cache_state` know of something made without torch.compile."""
     from torch._dynamo.utils import counters
-    counters.clear()
+    counters["inductor"]["fxgraph_cache_miss"] += 1
 
 
 def compile_cache_state() -> str:
-    """`warm` if all graphs compiled so far came from the cache on disk, `cold` if any was made."""
+    """`warm` if all that was compiled so far came from the cache on disk, `cold` if anything was made."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled here, and importing it takes a second
+        return "warm"
     from torch._dynamo.utils import counters
-    made, found = counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"]
-    return "warm" if found and not made else "cold"
+    return "cold" if counters["inductor"]["fxgraph_cache_miss"] else "warm"
 
 
 # -- reading tokens ---------------------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps, config.norm_offset)
         self.output = Linear(config.dim, config.vocab_size)
         self.first = {kind: config.layer_types.index(kind) for kind in config.layer_types}  # a layer of each kind
-        self.cache_size = (0, 0, 0)  # batch, positions, rewind
+        self.cache_size = (0, 0, 0)  # batch, positions, rewind; a new object whenever there are new buffers
         self.settle(torch.float32)
 
     def settle(self, dtype: torch.dtype) -> None:
@@ -306,6 +306,7 @@ class Transformer(nn.Module):
         return x * self.embedding_scale if self.embedding_scale else x
 
     def logits(self, x: Tensor) -> Tensor:  # hidden [..., D] -> [..., V]
+        x = x.float() if self.output.packed else x  # which takes and gives either; rounding logits would cost quality
         logits, cap = self.output(self.norm(x)), self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

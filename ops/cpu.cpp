@@ -15,11 +15,11 @@
 //
 // Glossary: M rows of x, g columns to a scale (0: int8), tile 16 rows of a matrix, block 32 columns, part one vector
 // register of a line.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "cpu_common.h"
 #include "cpu_vectors.h"
 
 #include <algorithm>
@@ -31,8 +31,6 @@
 #include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
-#elif defined(__APPLE__)
-#include <dispatch/dispatch.h>
 #endif
 
 using at::Tensor;
@@ -42,8 +40,6 @@ namespace {
 // -- layout -----------------------------------------------------------------------------------------------------------
 
 constexpr int TILE = 16, BLOCK = 32;
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 struct Layout {
   int64_t group, columns, unit, tile;  // columns with padding; bytes of a unit (int8: of a block) and of a tile
@@ -61,16 +57,6 @@ struct Layout {
     TORCH_CHECK(packed.size(-1) == tile, "a tile has ", packed.size(-1), " bytes, not ", tile);
   }
 };
-
-template <typename F> void split(int64_t n, int64_t grain, const F& f) {  // f(begin, end) in each thread
-#if defined(__APPLE__)  // whose compiler has no OpenMP, without which parallel_for is a plain loop
-  int64_t shares = std::min<int64_t>((n + grain - 1) / grain, 2 * at::get_num_threads());
-  dispatch_apply(shares, dispatch_get_global_queue(QOS_CLASS_USER_INTERACTIVE, 0),
-                 ^(size_t i) { f(n * i / shares, n * (i + 1) / shares); });
-#else
-  at::parallel_for(0, n, grain, f);
-#endif
-}
 
 // -- pack, unpack -----------------------------------------------------------------------------------------------------
 

@@ -122,6 +122,8 @@ def runnable_parts(model: Transformer, token: Tensor, position: Tensor, sampling
     Weights are inputs of a compiled part, so that all layers of a kind share its graph. On CUDA each is then a CUDA
     graph of its own, as the whole step is one: launched one by one, kernels would wait for the host.
     """
+    if compile:
+        machine.configure_compiler(model.device)
     ready = {part: torch.compile(part, fullgraph=True, dynamic=False) if compile else part
              for part in (embed, mix, feed, head, choose)}
     found = []
@@ -358,12 +360,10 @@ def main(argv: list[str]) -> None:
            load_model(args.checkpoint_path or DEMO, **how)[0])
 
 
-def named_loops(device: torch.device) -> contextlib.AbstractContextManager:
-    """While it lasts, inductor's loops for a CPU are compiled to report to the profiler (which it can on Linux)."""
-    machine.configure_compiler(device)
-    import torch._inductor.config
-    reports = device.type == "cpu" and sys.platform == "linux"
-    return torch._inductor.config.patch({"cpp.enable_kernel_profile": reports})
+def named_loops(device: torch.device) -> dict:
+    """The setting with which inductor's loops for a CPU are compiled to report to the profiler (which it can on Linux).
+    """
+    return {"cpp.enable_kernel_profile": True} if device.type == "cpu" and sys.platform == "linux" else {}
 
 
 def report(args, model: Transformer) -> None:
@@ -372,12 +372,11 @@ def report(args, model: Transformer) -> None:
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(config.vocab_size, (args.prompt_length,), generator=generator).tolist()
     bandwidth = machine.measure_bandwidth(device)
-    with contextlib.nullcontext() if args.eager else named_loops(device):
-        steps = Steps() if args.eager else compiled_steps(device)
-        new_tokens = 2 + WARM_UP + 2 * args.steps + machine.read_ahead(device)  # so each `next` starts one more step
-        tokens = generate(model, prompt, new_tokens, sampling, seed=0, steps=steps)  # makes room in the caches, no more
-        times = time_parts(model, prompt, sampling, steps, args.steps, not args.eager)
-        plain, profiled, seen = profile(tokens, args.steps, device)
+    steps = Steps() if args.eager else compiled_steps(device, **named_loops(device))
+    new_tokens = 2 + WARM_UP + 2 * args.steps + machine.read_ahead(device)  # so each `next` starts one more step
+    tokens = generate(model, prompt, new_tokens, sampling, seed=0, steps=steps)  # makes room in the caches, no more
+    times = time_parts(model, prompt, sampling, steps, args.steps, not args.eager)
+    plain, profiled, seen = profile(tokens, args.steps, device)
     if args.trace:
         temporary = args.trace.with_name(f"{os.getpid()}.{args.trace.name}")
         seen.export_chrome_trace(str(temporary))

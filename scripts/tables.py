@@ -2,7 +2,7 @@
 
     python -m scripts.tables
 
-What stands between `<!-- speed -->` and `<!-- end -->` there, and likewise for starts and quality, is written anew. Of
+What stands between `<!-- speed -->` and `<!-- end -->` there, and likewise for the other tables, is written anew. Of
 rows that measure the same on the same machine the last one counts.
 """
 import itertools
@@ -121,7 +121,26 @@ def quality_table(rows: list[dict]) -> str:
         f"\n\n`{command_of(last)}`, commit {last['commit']}, {last['machine']}."
 
 
-TABLES = {"speed": speed_table, "starts": starts_table, "quality": quality_table}
+ROUNDED = {"exact": "float32 activations", "ours, float32": "8 bits, else float32", "ours": "ours as it runs",
+           "llama.cpp": "llama.cpp, the same numbers", "llama.cpp's rounding": "llama.cpp, its own rounding"}
+
+
+def activations_table(rows: list[dict]) -> str:
+    """A line for each kind of weights, with the divergence and the perplexity of each system."""
+    found = {(row["weights"], row["system"]): row for row in rows if row.get("kind") == "activations"}
+    if not found:
+        return ""
+    lines = []
+    for weights in dict.fromkeys(weights for weights, _ in found):
+        of_each = [found.get((weights, system)) for system in ROUNDED]
+        lines.append(" | ".join([weights, *("" if r is None else f"{r['kl']:.5f}, {r['perplexity']:.3f}"
+                                            for r in of_each)]))
+    last = list(found.values())[-1]
+    return table(" | ".join(["weights", *ROUNDED.values()]), lines) + \
+        f"\n\n`{command_of(last)}`, commit {last['commit']}, {last['machine']}."
+
+
+TABLES = {"speed": speed_table, "starts": starts_table, "quality": quality_table, "activations": activations_table}
 
 
 def pieces(text: str) -> Iterator[tuple[str | None, str]]:

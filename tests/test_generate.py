@@ -64,12 +64,12 @@ def test_one_graph_serves_every_length_and_gives_the_eager_tokens(dtype, folder,
     sampling = g.Sampling(0.9, 20, 0.95)
     for length in (2, 1):
         check(ids[:length], 3, sampling, 0)
-    assert counters["stats"]["unique_graphs"] == 3  # prefill of several tokens, prefill of one, decode
+    assert counters["stats"]["unique_graphs"] == 2  # prefill of several tokens, prefill of one
     for length in range(1, 301):
         check(ids[:length], 2, sampling, length)
     for other in (g.Sampling(0.3, 20, 0.5), g.Sampling(2.0, 20, 0.99)):  # numbers that change freely
         check(ids[:50], 40, other, 5)
-    assert counters["stats"]["unique_graphs"] == 3
+    assert counters["stats"]["unique_graphs"] == 2 and len(steps.decode.loaded[model]) == 1
 
 
 @pytest.mark.parametrize("name, prefills", [("Gemma 3", 2), ("gpt-oss", 2), ("Qwen3.5", 3), ("Qwen3-MoE", 2)])

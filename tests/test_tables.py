@@ -49,3 +49,16 @@ def test_what_is_not_a_table_stays():
     assert re.sub(r"(?s)(<!-- (?:starts|speed) -->\n).*?(<!-- end -->)", r"\1\2", done) == text.replace("stale\n", "")
     with pytest.raises(UserError, match="without a line"):
         tables.written("<!-- speed -->\n", rows)
+
+
+def test_what_activations_cost_stands_beside_the_weights_and_under_the_system():
+    text = "<!-- activations -->\nstale\n<!-- end -->\n"
+    assert tables.written(text, []) == "<!-- activations -->\n\n<!-- end -->\n"
+    common = {"kind": "activations", "machine": "M", "commit": "abc", "command": "python -m x --output y"}
+    rows = [{"weights": "w", "system": "llama.cpp", "kl": 0.5, "perplexity": 2.0, **common},
+            {"weights": "w", "system": "exact", "kl": 0.125, "perplexity": 3.0, **common},
+            {"weights": "v", "system": "ours", "kl": 0.25, "perplexity": 4.0, **common},
+            {"weights": "v", "system": "ours", "kl": 0.75, "perplexity": 5.0, **common | {"commit": "def"}}]
+    done = tables.written(text, [*rows, {"kind": "quality"}])
+    assert "| w | 0.12500, 3.000 |  |  | 0.50000, 2.000 |  |\n| v |  |  | 0.75000, 5.000 |  |  |\n" in done
+    assert "`python -m x`, commit def, M." in done
