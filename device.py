@@ -77,6 +77,38 @@ def device_name(device: torch.device) -> str:
     return name if vectors == "DEFAULT" or device.type != "cpu" else f"{name} with {vectors}"
 
 
+def usable_cpus() -> dict[int, str]:
+    """The logical CPUs that this process may use, and the core that each belongs to (two may share one)."""
+    if sys.platform != "linux":
+        return {cpu: str(cpu) for cpu in range(os.cpu_count() or 1)}
+    core = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    found = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        try:
+            found[cpu] = Path(core.format(cpu)).read_text().strip()
+        except OSError:  # some containers hide it
+            found[cpu] = str(cpu)
+    return found
+
+
+def choose_threads(wanted: int | None = None) -> int:
+    """Threads for work on a CPU: as many as wanted, else one for each core that this process may use, fewer where a
+    container has a share of less; OMP_NUM_THREADS and torch.set_num_threads are heard where nothing is wanted.
+
+    Two threads on one core, or more threads than cores, wait for each other at the end of every kernel.
+    """
+    cpus = usable_cpus()
+    if wanted is not None:
+        if not 1 <= wanted <= len(cpus):
+            raise UserError(f"--threads is {wanted}; allowed: 1 to {len(cpus)}, the CPUs this process may use")
+        return wanted
+    most = len(set(cpus.values()))
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        most = max(1, min(most, int(quota) // int(period)))
+    return min(torch.get_num_threads(), most)
+
+
 def instruction_sets() -> str:
     """What a CPU can do, as the system words it: code that was compiled for one machine may not run on another."""
     try:

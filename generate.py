@@ -31,6 +31,7 @@ from families import config_from_dict, config_of_shape
 from loader import load_weights, random_weights
 from metrics import Sample, describe, measure
 from model import Transformer
+from packed import map_packed, packed_file, save_packed
 from quantize import quantize_
 from sampling import Sampling
 from tokenizer import Stream, Tokenizer, load_tokenizer
@@ -53,7 +54,7 @@ def build(config: ModelConfig, device: str, dtype: str, quantize: str | None) ->
         config = dataclasses.replace(config, quantization=Quantization(quantize))
     where = machine.choose_device(device)
     weights_dtype = machine.choose_dtype(dtype, config.dtype, where)
-    ops.bind(where.type)
+    ops.bind(where.type, weights_dtype)
     with torch.device("meta"):
         model = Transformer(config).eval()
     if config.quantization:
@@ -63,13 +64,22 @@ def build(config: ModelConfig, device: str, dtype: str, quantize: str | None) ->
 
 
 def load_model(checkpoint_path: str | Path, device: str = "auto", dtype: str = "auto",
-               quantize: str | None = None) -> tuple[Transformer, Tokenizer]:
+               quantize: str | None = None, cache_packed: bool = False) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a checkpoint folder or hub repository, ready for `generate`; `quantize` (int8, int4)
-    rounds the weights while loading."""
+    rounds the weights while loading. `cache_packed` keeps them in the folder as a CPU reads them best, for next time.
+    """
     folder = resolve_checkpoint(str(checkpoint_path))
     model, how = build(config_from_dict(read_json(folder / "config.json")), device, dtype, quantize)
     tokenizer = load_tokenizer(folder)
+    if cache_packed and not how["pack"]:
+        raise UserError("--cache_packed is for quantized weights on a CPU with a C++ compiler, in bf16 or fp16; "
+                        "leave it out, or see --quantize, --device and --dtype")
+    path, made_of = packed_file(model, folder, how["dtype"]) if cache_packed else (None, "")
+    if cache_packed and map_packed(model, path, made_of, how["dtype"]):
+        return model, tokenizer
     load_weights(model, folder, rounded=quantize is not None, **how)
+    if cache_packed:
+        save_packed(model, path, made_of)
     return model, tokenizer
 
 
@@ -129,7 +139,10 @@ def parser() -> Parser:
     p.add_argument("--compile_prefill", action="store_true", help="compile prefill too (implies --compile)")
     p.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default %(default)s)")
     p.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bf16, fp16 or fp32 (default %(default)s)")
+    p.add_argument("--threads", type=int, help="on a CPU (default: one for each core)")
     p.add_argument("--quantize", metavar="MODE", help=f"round weights while loading: {', '.join(Quantization.MODES)}")
+    p.add_argument("--cache_packed", action="store_true",
+                   help="keep quantized weights beside the checkpoint as a CPU reads them; later starts map that file")
     p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one more, uncounted, short run")
     p.add_argument("--json", action="store_true", help="end stdout with the numbers as one line of JSON")
     return p
@@ -138,13 +151,15 @@ def parser() -> Parser:
 def load(args) -> tuple[Transformer, Tokenizer | None, list[int]]:
     """What the options ask for: model, tokenizer, prompt ids."""
     if args.random_weights is None:
-        model, tokenizer = load_model(args.checkpoint_path or DEMO, args.device, args.dtype, args.quantize)
+        model, tokenizer = load_model(args.checkpoint_path or DEMO, args.device, args.dtype, args.quantize,
+                                      args.cache_packed)
         prompt = DEMO_PROMPT if args.prompt is None else args.prompt
         if not prompt:
             raise UserError("the prompt is empty; give some text with --prompt")
         return model, tokenizer, tokenizer.encode(prompt)
-    if args.checkpoint_path is not None:
-        raise UserError("--random_weights and --checkpoint_path were both given; give one of them")
+    for name in ("checkpoint_path", "cache_packed"):
+        if getattr(args, name):
+            raise UserError(f"--random_weights and --{name} were both given; give one of them")
     if not (args.prompt or "5").isdecimal():
         raise UserError(f"--prompt is {args.prompt!r}; with --random_weights it is a number of synthetic tokens")
     model = load_random(args.random_weights, args.device, args.dtype, args.seed, args.quantize)
@@ -208,6 +223,7 @@ def main(argv: list[str]) -> int:
     if args.profile and (Path(args.profile).is_dir() or not Path(args.profile).absolute().parent.is_dir()):
         raise UserError(f"--profile {args.profile}: no such folder, or it is one; a file is expected")
     sys.stdout.reconfigure(errors="replace")
+    torch.set_num_threads(machine.choose_threads(args.threads))
     start = time.perf_counter()
     model, tokenizer, prompt = load(args)
     load_s = time.perf_counter() - start

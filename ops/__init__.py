@@ -24,15 +24,18 @@ def processor_has(feature: str) -> bool:
     return bool(known.get(feature))
 
 
-AVX512 = processor_has("avx512_bw")  # a constant, as the compiler must see it
+AVX512 = processor_has("avx512_bw")
 
 
-def bind(device_type: str) -> None:
-    """Import the fast twins of a device, which register themselves; without Triton the plain forms serve CUDA too."""
+def bind(device_type: str, dtype: torch.dtype = torch.float32) -> None:
+    """Make the fast twins of a device known, for activations of `dtype`. Without Triton, or a compiler for
+    ops/cpu*.cpp, the plain forms serve. On a CPU float32 is for exactness, which plain PyTorch has."""
     if device_type == "cuda" and importlib.util.find_spec("triton"):
         importlib.import_module("ops.cuda")
     elif device_type == "mps":
         importlib.import_module("ops.mps")
+    elif device_type == "cpu" and dtype.itemsize == 2:
+        importlib.import_module("ops.cpu").load()
 
 
 def packs(device_type: str) -> bool:
@@ -40,46 +43,48 @@ def packs(device_type: str) -> bool:
     return device_type == "cpu" and importlib.import_module("ops.cpu").load()
 
 
+def packed_layout() -> str:
+    """What a packed layout's bytes depend on: the build of the code that makes and reads it."""
+    return importlib.import_module("ops.cpu").build().stem
+
+
 # -- linear -----------------------------------------------------------------------------------------------------------
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """x [..., in] times weight [out, in] transposed -> [..., out]; with a scale, of a quantized weight.
-
-    For one row of bfloat16 on a CPU with AVX-512 the vector goes to the right of the matrix: PyTorch then takes a
-    matrix-vector kernel, which streams a large weight about 1.4 times faster than the matrix-matrix one behind
-    F.linear, but starts 20 us later: below a megabyte that is not worth it. (Without AVX-512 it is six times slower.)
-    """
+    """x [..., in] times weight [out, in] transposed -> [..., out]; with a scale, of a quantized weight."""
     if scale is not None:
         return torch.ops.readonce.quantized_linear(x, weight, scale)
-    if x.device.type != "cpu" or weight.dtype == torch.float32:
-        return F.linear(x, weight)
-    if x.numel() != x.shape[-1]:
-        return torch.ops.readonce.linear_rows(x, weight)
-    if weight.dtype == torch.bfloat16 and weight.nbytes >= 1 << 20 and AVX512:
-        return torch.mm(weight, x.reshape(-1, 1)).view(*x.shape[:-1], -1)
+    if x.device.type == "cpu" and weight.itemsize == 2:
+        return torch.ops.readonce.linear16(x, weight, None)
     return F.linear(x, weight)
 
 
-LIBRARY.define("linear_rows(Tensor x, Tensor weight) -> Tensor")
+LIBRARY.define("linear16(Tensor x, Tensor weight, Tensor? chosen) -> Tensor")
 
 
-@torch.library.impl(LIBRARY, "linear_rows", "CompositeExplicitAutograd")
-def linear_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """`linear` for several rows of 16-bit numbers on a CPU.
+@torch.library.impl(LIBRARY, "linear16", "CompositeExplicitAutograd")
+def linear16(x: Tensor, weight: Tensor, chosen: Tensor | None) -> Tensor:
+    """`linear`, or with `chosen` `expert_linear`, of 16-bit weights on a CPU: ops/cpu_linear16.cpp in plain PyTorch.
 
-    Where the processor has no bfloat16 arithmetic its float32 matmul is about four times faster, so from 8 rows up the
-    weight is widened on the way, a block of rows at a time that stays in the cache. An op, so that a compiled prompt
-    holds one node for it and no choice by length.
+    For one row of bfloat16 and AVX-512 the vector goes to the right of the matrix: PyTorch then takes a matrix-vector
+    kernel, which streams a large weight about 1.4 times faster than the matrix-matrix one behind F.linear, but starts
+    20 us later: below a megabyte that is not worth it. (Without AVX-512 it is six times slower.) Where the processor
+    has no bfloat16 arithmetic its float32 matmul is about four times faster, so from 8 rows up the weight is widened on
+    the way, a block of rows at a time that stays in the cache.
     """
+    if chosen is not None:
+        return grouped_linear(x, weight, chosen)
+    if x.numel() == x.shape[-1] and weight.dtype == torch.bfloat16 and weight.nbytes >= 1 << 20 and AVX512:
+        return torch.mm(weight, x.reshape(-1, 1)).view(*x.shape[:-1], -1)
     if x.numel() < 8 * x.shape[-1] or not lacks_bfloat16():
         return F.linear(x, weight)
     wide = x.float()
     return torch.cat([F.linear(wide, block.float()).to(x.dtype) for block in weight.split(512)], -1)
 
 
-@torch.library.register_fake("readonce::linear_rows")
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+@torch.library.register_fake("readonce::linear16")
+def _(x: Tensor, weight: Tensor, chosen: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[-2])
 
 
 def lacks_bfloat16() -> bool:
@@ -100,6 +105,8 @@ def expert_linear(x: Tensor, weight: Tensor, chosen: Tensor, scale: Tensor | Non
     """
     if scale is not None:
         return torch.ops.readonce.quantized_expert_linear(x, weight, scale, chosen)
+    if x.device.type == "cpu" and weight.itemsize == 2:
+        return torch.ops.readonce.linear16(x, weight, chosen)
     if x.device.type != "cpu" and x.shape[0] <= EXPERT_ROWS:
         return (weight[chosen] * x[:, None]).sum(-1, dtype=torch.float32).to(x.dtype)
     return torch.ops.readonce.grouped_linear(x, weight, chosen)

@@ -268,11 +268,6 @@ struct Product {  // what all threads share
   void* y;
 };
 
-struct Rows {  // that go through one matrix
-  const uint8_t* weight;
-  int64_t first, count;
-};
-
 template <typename T> void store(void* y, int64_t at, const float* sums, int64_t n) {
   for (int64_t i = 0; i < n; i++) ((T*)y)[at + i] = sums[i];
 }
@@ -316,25 +311,6 @@ template <typename T> void prepare(Product& p, const Tensor& x, int64_t inputs) 
   });
 }
 
-// The rows of each matrix that was chosen, and the order that brings them together.
-std::vector<Rows> by_expert(const Tensor& chosen, const Tensor& packed, int64_t tile, std::vector<int64_t>& order) {
-  int64_t experts = packed.size(0), M = order.size();
-  auto e = chosen.const_data_ptr<int64_t>();
-  std::vector<int64_t> start(experts + 1);
-  for (int64_t m = 0; m < M; m++) {
-    TORCH_CHECK(e[m] >= 0 && e[m] < experts, "expert ", e[m], " of ", experts);
-    start[e[m] + 1]++;
-  }
-  std::vector<Rows> groups;
-  for (int64_t i = 0; i < experts; i++) {
-    auto weight = (const uint8_t*)packed.data_ptr() + i * packed.size(1) * tile;
-    if (start[i + 1]) groups.push_back({weight, start[i], start[i + 1]});
-    start[i + 1] += start[i];
-  }
-  for (int64_t m = 0; m < M; m++) order[start[e[m]]++] = m;
-  return groups;
-}
-
 Tensor packed_linear(const Tensor& x_, const Tensor& packed, int64_t outputs, int64_t group,
                      const std::optional<Tensor>& chosen) {
   TORCH_CHECK(x_.dim() > 0, "x has no columns");
@@ -347,14 +323,7 @@ Tensor packed_linear(const Tensor& x_, const Tensor& packed, int64_t outputs, in
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = outputs;
   Tensor y = at::empty(shape, x.options());
-  std::vector<Rows> groups;
-  if (chosen) {
-    TORCH_CHECK(chosen->scalar_type() == at::kLong && chosen->numel() == M, "chosen: an int64 for each row");
-    groups = by_expert(chosen->contiguous(), packed, p.layout.tile, p.order);
-  } else {
-    std::iota(p.order.begin(), p.order.end(), 0);
-    groups.push_back({(const uint8_t*)packed.data_ptr(), 0, M});
-  }
+  auto groups = rows_of(chosen, packed, packed.size(-2) * p.layout.tile, p.order);
   if (M == 0) return y;
   p.y = y.data_ptr();
   Tensor memory = at::empty({M * (p.layout.columns + 8 * blocks)}, at::kByte);

@@ -4,6 +4,7 @@ A build is kept in the cache folder under a hash of all that decides what is in 
 above all: a home folder may serve several machines. Without a compiler everything runs in plain PyTorch.
 """
 import atexit
+import functools
 import hashlib
 import os
 import platform
@@ -20,7 +21,8 @@ import torch
 import device as machine
 
 NATIVE = {"x86_64": ["-march=native"], "AMD64": ["-march=native"]}  # by architecture
-VARIANTS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "neon": ["-march=armv8.2-a+dotprod"], "portable": ["-DPORTABLE"]}
+VARIANTS = {"avx512": ["-march=icelake-server"], "avx2": ["-mavx2", "-mfma", "-mf16c"],
+            "neon": ["-march=armv8.2-a+dotprod"], "portable": ["-DPORTABLE"]}
 PATIENCE = 300  # seconds
 
 
@@ -93,14 +95,13 @@ def run(line: list[str]) -> None:
 
 
 def without_kernels(reason: str) -> None:
-    print(f"note: no CPU kernels, {reason.strip()}; quantized weights run in plain PyTorch: int8 slower, "
-          f"int4 very slowly", file=sys.stderr)
+    print(f"note: no CPU kernels, {reason.strip()}; plain PyTorch runs instead: slower, and int4 very "
+          f"slowly", file=sys.stderr)
 
 
+@functools.cache
 def load() -> bool:
-    """Make torch.ops.readonce.pack, unpack_rows and packed_linear work on the CPU; whether they do."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key("readonce::packed_linear", "CPU"):
-        return True
+    """Register the kernels with their operators in torch.ops.readonce, once; whether they are."""
     path = build()
     if path is None:
         return False

@@ -1,11 +1,15 @@
-// What the CPU kernels of ops/cpu*.cpp share: threads, and rounding up. LIBRARY is the namespace of the operators, which
-// ops/cpu.py gives on the compiler's command line.
+// What the CPU kernels of ops/cpu*.cpp share: threads, and the rows that go through each of several matrices. LIBRARY is
+// the namespace of the operators, which ops/cpu.py gives on the compiler's command line.
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
+#include <optional>
+#include <vector>
 #if defined(__APPLE__)
 #include <dispatch/dispatch.h>
 #endif
@@ -23,6 +27,38 @@ template <typename F> void split(int64_t n, int64_t grain, const F& f) {
 #else
   at::parallel_for(0, n, grain, f);
 #endif
+}
+
+struct Rows {  // that go through one matrix
+  const uint8_t* weight;
+  int64_t first, count;
+};
+
+// The rows of each matrix of `bytes` bytes that was chosen, or all of the only one; `order` brings them together.
+inline std::vector<Rows> rows_of(const std::optional<at::Tensor>& chosen, const at::Tensor& weight, int64_t bytes,
+                                 std::vector<int64_t>& order) {
+  const int64_t M = order.size();
+  auto base = (const uint8_t*)weight.data_ptr();
+  if (!chosen) {
+    std::iota(order.begin(), order.end(), 0);
+    return {{base, 0, M}};
+  }
+  TORCH_CHECK(chosen->scalar_type() == at::kLong && chosen->numel() == M, "chosen: an int64 for each row");
+  at::Tensor dense = chosen->contiguous();
+  auto e = dense.const_data_ptr<int64_t>();
+  const int64_t experts = weight.size(0);
+  std::vector<int64_t> start(experts + 1);
+  for (int64_t m = 0; m < M; m++) {
+    TORCH_CHECK(e[m] >= 0 && e[m] < experts, "expert ", e[m], " of ", experts);
+    start[e[m] + 1]++;
+  }
+  std::vector<Rows> groups;
+  for (int64_t i = 0; i < experts; i++) {
+    if (start[i + 1]) groups.push_back({base + i * bytes, start[i], start[i + 1]});
+    start[i + 1] += start[i];
+  }
+  for (int64_t m = 0; m < M; m++) order[start[e[m]]++] = m;
+  return groups;
 }
 
 }  // namespace

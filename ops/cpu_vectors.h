@@ -23,6 +23,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #define ROLLED _Pragma("GCC unroll 1")  // unrolled, it would take minutes to compile
 #if defined(AVX512)
@@ -64,6 +65,12 @@ INLINE Ints dot(Ints sum, Bytes w, Bytes x) {
 }
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps(a, b, c); }
 INLINE Floats load_halves(const void* p) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+#if defined(__AVX512BF16__)
+#define BF16_DOT
+INLINE Floats dot_bf16(Floats sum, Bytes w, Bytes x) {  // a lane: two products of bfloat16
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+}
+#endif
 
 #elif defined(AVX2)
 
@@ -118,3 +125,16 @@ INLINE Floats load_halves(const void* p) {
 #endif
 
 INLINE Ints total(Ints sum) { return sum; }
+
+INLINE float sum_lanes(Floats v) {  // halves onto halves: the same order on all processors but for their width
+  typedef float Fours __attribute__((vector_size(16)));
+#if defined(AVX512)
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+  Fours four = (Fours)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(AVX2)
+  Fours four = (Fours)_mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+#else
+  Fours four = (Fours)v;
+#endif
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}

@@ -106,7 +106,7 @@ def starts(args: Namespace, quantize: str | None) -> dict:
     compile, and from the process's start to the first token."""
     found: dict[str, float] = {}
     command = [sys.executable, "generate.py", "--compile", "--json", "--max_new_tokens", "8", "--device", args.device,
-               "--dtype", args.dtype]
+               "--dtype", args.dtype, "--threads", str(args.threads)]
     command += ["--random_weights", args.random_weights] if args.random_weights else []
     command += ["--checkpoint_path", str(Path(args.checkpoint_path).absolute())] if args.checkpoint_path else []
     command += ["--quantize", quantize] if quantize else []
@@ -269,6 +269,7 @@ def parser() -> Parser:
     p.add_argument("--llama_bench", default="llama-bench", metavar="FILE", help="default: the one on PATH")
     p.add_argument("--gpt_fast", metavar="DIR", help="a folder that holds gpt-fast's files")
     p.add_argument("--starts", action="store_true", help="also start generate.py anew, with caches empty and filled")
+    p.add_argument("--threads", type=int, help="of every system on a CPU (default: one for each core)")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto")
     p.add_argument("--output", type=Path, help="append the rows to this file, a JSON document a line")
@@ -290,6 +291,7 @@ def parse(options: list[str]) -> Namespace:
     if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
         raise UserError(f"--output {args.output}: no such folder, or it is one; a file is expected")
     args.quantize = [None if mode == "none" else mode for mode in args.quantize]
+    args.threads = machine.choose_threads(args.threads)
     return args
 
 
@@ -300,6 +302,7 @@ def main(argv: list[str]) -> None:
     print(HEADER)
     for preset in SUITES[args.suite] if args.suite else [""]:
         options = [*shlex.split(preset), *rest]
+        torch.set_num_threads(args.threads)
         for row in run(parse(options), shlex.join(["python", "-m", "scripts.benchmark", *options])):
             print(show(row), flush=True)
             if args.output:

@@ -10,7 +10,7 @@ import ops
 from ops import cpu
 from rounding import to_int4, to_int8
 
-VARIANTS = ["native", "portable", *["avx2"] * ops.processor_has("avx2")]
+VARIANTS = ["native", "portable", *["avx2"] * ops.processor_has("avx2"), *["avx512"] * ops.processor_has("avx512_vnni")]
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -23,7 +23,7 @@ def kernels(request):
         return torch.ops.readonce
     name = f"readonce_{request.param}"
     library = torch.library.Library(name, "FRAGMENT")
-    for op in ("pack", "unpack_rows", "packed_linear"):
+    for op in ("pack", "unpack_rows", "packed_linear", "linear16"):
         library.define(str(getattr(torch.ops.readonce, op).default._schema).replace("readonce::", ""))
     torch.ops.load_library(cpu.build(request.param))
     request.addfinalizer(library._destroy)
@@ -135,16 +135,66 @@ def test_tensors_that_do_not_fit_are_errors(kernels):
         kernels.pack(weight, scale.float())
 
 
+def random_16(dtype: torch.dtype, rows: int, *leading: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and a matrix of any size, or several, with a ragged end to its rows or none."""
+    outputs, inputs = random.randrange(1, 300), random.choice((random.randrange(1, 300), 64, 512))
+    return torch.randn(rows, inputs).to(dtype), torch.randn(*leading, outputs, inputs).to(dtype)
+
+
+def close_to_exact(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Within the errors of float32 sums and one rounding of the result; x [N, in], weight [N or 1, out, in]."""
+    x, w = x.double()[:, None], weight.double().mT
+    truth, sums = (x @ w).squeeze(1), (x.abs() @ w.abs()).squeeze(1)
+    allowed = 2 * x.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps * sums + torch.finfo(y.dtype).eps * truth.abs()
+    return bool(((y.double() - truth).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 7, 16, 40])
+def test_linear16_is_exact_but_for_rounding_and_has_the_same_bits_alone_and_in_a_batch(kernels, dtype, rows):
+    x, weight = random_16(dtype, rows)
+    y = kernels.linear16(x[None], weight, None)[0]
+    assert close_to_exact(y, x, weight[None])
+    alone = [kernels.linear16(row, weight, None) for row in x]
+    assert rows > 32 or torch.equal(y, torch.stack(alone))  # beyond, PyTorch's own matmul may serve
+    assert torch.equal(y, kernels.linear16(x.T.contiguous().T, weight.T.contiguous().T, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 8, 100])
+def test_linear16_takes_rows_through_their_experts(kernels, dtype, rows):
+    x, weight = random_16(dtype, rows, 6)
+    chosen = torch.randint(6, (rows,))
+    y = kernels.linear16(x, weight, chosen)
+    assert close_to_exact(y, x, weight[chosen])
+    assert torch.equal(y, torch.stack([kernels.linear16(x[n], weight[e], None) for n, e in enumerate(chosen)]))
+    weight[[e for e in range(6) if e not in chosen]] = float("nan")
+    assert torch.equal(y, kernels.linear16(x, weight, chosen))
+    with pytest.raises(RuntimeError, match="expert 6 of 6"):
+        kernels.linear16(x, weight, torch.full((rows,), 6))
+
+
+def test_linear16_takes_no_other_shapes_and_dtypes_and_leaves_nan_as_it_is(kernels):
+    x, weight = random_16(torch.bfloat16, 2)
+    for wrong in ((x[:, :0], weight), (x.float(), weight), (x.float(), weight.float()), (x, weight[None])):
+        with pytest.raises(RuntimeError):
+            kernels.linear16(*wrong, None)
+    assert kernels.linear16(x[:0], weight, None).shape == (0, len(weight))
+    x[1, random.randrange(x.shape[1])] = float("nan")
+    y = kernels.linear16(x, weight, None)
+    assert y[0].isfinite().all() and y[1].isnan().all()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_graph_holds_the_kernels():
     if not cpu.load():
         pytest.skip("no C++ compiler")
     weight, scale, outputs, inputs = random_matrix(32)
-    packed = torch.ops.readonce.pack(weight, scale)
+    packed, narrow = torch.ops.readonce.pack(weight, scale), torch.randn(5, outputs).bfloat16()
 
     def step(x, rows):
         y = torch.ops.readonce.packed_linear(x.relu(), packed, outputs, 32, None)
-        return y.exp(), torch.ops.readonce.unpack_rows(packed, rows, inputs, 32) + 1
+        return ops.linear(y.exp(), narrow), torch.ops.readonce.unpack_rows(packed, rows, inputs, 32) + 1
 
     x, rows = torch.randn(2, inputs, dtype=torch.bfloat16), torch.tensor([outputs - 1, 0])
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

@@ -6,8 +6,8 @@ import pytest
 from conftest import ROOT
 
 RANKS = [["errors"], ["config", "sampling", "device"], ["ops", "aot"],
-         ["families", "tokenizer", "rounding", "checkpoint"], ["loader", "layers"], ["linear_attention"], ["model"],
-         ["metrics", "calibration", "decoding"], ["chat", "quantize"], ["generate"], ["scripts"]]
+         ["families", "tokenizer", "rounding", "checkpoint"], ["loader", "layers", "packed"], ["linear_attention"],
+         ["model"], ["metrics", "calibration", "decoding"], ["chat", "quantize"], ["generate"], ["scripts"]]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 FILES = sorted(p for p in (*ROOT.glob("*.py"), *ROOT.glob("ops/*.py"), *ROOT.glob("scripts/*.py")))
 

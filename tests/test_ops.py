@@ -63,4 +63,5 @@ def test_linear_equals_its_reference(dtype, rows, outputs, widened, monkeypatch)
     truth = x.double() @ weight.double().T
     sums = 1024 * torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs().T)  # float32 accumulation
     rounding = torch.finfo(dtype).eps * truth.abs()  # and one rounding of the result
-    assert ((ops.linear(x, weight).double() - truth).abs() <= sums + rounding).all()
+    for linear in (ops.linear, lambda x, weight: ops.linear16(x, weight, None)):  # as it is bound, and the plain form
+        assert ((linear(x, weight).double() - truth).abs() <= sums + rounding).all()
