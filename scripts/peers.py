@@ -190,6 +190,14 @@ def run_llama_bench(program: str, file: Path, case: Case, gpu: bool) -> tuple[Ru
     return Run(seconds[0], seconds[1]), found
 
 
+def start_llama(program: str, file: Path, case: Case) -> float:
+    """Seconds from the start of its process to the first token behind a prompt, the file being in memory already."""
+    start = time.perf_counter()
+    subprocess.run([program, "-m", str(file), "-t", str(torch.get_num_threads()), "-p", str(case.prompt_length),
+                    "-n", "0", "-r", "1", "--no-warmup"], capture_output=True)
+    return time.perf_counter() - start
+
+
 def llama_cpp(model: Transformer, exact: Callable[[], Transformer], case: Case, program: str,
               folder: str) -> Iterator[System]:
     """llama-bench on a GGUF of our numbers, which `exact` gives unpacked. `folder` keeps the file for more cases."""
@@ -207,7 +215,7 @@ def llama_cpp(model: Transformer, exact: Callable[[], Transformer], case: Case, 
     theirs = {"int8": "Q8_0", "int4": "Q4_0, head Q8_0", "int4-pure": "Q4_0"}
     yield System("llama.cpp", lambda: run_llama_bench(program, file, case, gpu)[0], found["model_size"] + cache,
                  short(model.dtype), theirs[quantization.mode] if quantization else None,
-                 {"version": found["build_commit"]})
+                 {"version": found["build_commit"], "start_warm_s": start_llama(program, file, case)})
 
 
 # -- gpt-fast ---------------------------------------------------------------------------------------------------------

@@ -102,14 +102,17 @@ def ratio(row: dict | None) -> str:
 def starts_table(rows: list[dict]) -> str:
     """Seconds from a process's start to its first token, with empty caches and with filled ones; and parts of that."""
     lines: dict[tuple, str] = {}
-    for row in rows:
-        if "start_cold_s" in row and row["system"] == "ours compiled":
-            weights = row.get("quantization") or row["dtype"]
-            key = row["machine"], row["model"], weights
-            pairs = (f"{row[f'{what}_cold_s']:.1f} / {row[f'{what}_warm_s']:.1f} s"
+    for case in cases(rows):
+        ours = case[0]
+        if "start_cold_s" in ours:
+            weights = ours.get("quantization") or ours["dtype"]
+            pairs = (f"{ours[f'{what}_cold_s']:.1f} / {ours[f'{what}_warm_s']:.1f} s"
                      for what in ("start", "load", "compile"))
-            lines[key] = " | ".join([row["model"], weights, *pairs, row["machine"], row["commit"]])
-    return table("model | weights | first token, cold / warm | loading | compiling | machine | commit", lines.values())
+            peer = next((f"{row['start_warm_s']:.1f} s" for row in case[1:] if "start_warm_s" in row), "")
+            lines[ours["machine"], ours["model"], weights] = " | ".join(
+                [ours["model"], weights, *pairs, peer, ours["machine"], ours["commit"]])
+    return table("model | weights | first token, cold / warm | loading | compiling | llama.cpp's | machine | commit",
+                 lines.values())
 
 
 def quality_table(rows: list[dict]) -> str:
