@@ -19,6 +19,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +90,9 @@ def package_of(bound: Bound, inputs: tuple[Tensor, ...], options: dict[str, Tens
     """Whether it may be kept for another process, and the file."""
     forwards = [getattr(module.forward, "__func__", module.forward) for module in (bound.model, *bound.model.modules())]
     files = {Path(code.__code__.co_filename) for code in (bound.function, *forwards) if hasattr(code, "__code__")}
-    ours = {path for folder in (ROOT, ROOT / "ops") for path in folder.glob("*.py")}
     known = all(path.is_file() for path in files)  # what was typed at a prompt is in no file
+    for code in (bound.function, *map(type, bound.model.modules())):
+        files |= reached(sys.modules[code.__module__])
     tensors = [*bound.named_parameters(remove_duplicate=False), *bound.named_buffers(remove_duplicate=False),
                *options.items(), *enumerate(inputs)]
     facts = [torch.__version__, torch.__config__.show(), sys.version, machine.instruction_sets(),
@@ -98,9 +100,22 @@ def package_of(bound: Bound, inputs: tuple[Tensor, ...], options: dict[str, Tens
              repr(bound.options), repr(settings), *((name, t.shape, t.stride(), t.dtype) for name, t in tensors),
              *sorted(kernels())]
     found = hashlib.sha256(repr(facts).encode())
-    for path in sorted(ours | files if known else ours):
+    for path in sorted({*filter(Path.is_file, files), *(ROOT / "ops").glob("*.py")}):
         found.update(path.read_bytes())
     return known, machine.cache_dir() / FOLDER / f"{found.hexdigest()[:24]}.pt2"
+
+
+def reached(module: ModuleType, files: set[Path] | None = None) -> set[Path]:
+    """The files of this project that a module uses names of, its own among them."""
+    files, path = set() if files is None else files, Path(getattr(module, "__file__", None) or "")
+    if path in files or path.parent not in (ROOT, ROOT / "ops"):
+        return files
+    files.add(path)
+    for value in vars(module).values():
+        name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        if isinstance(name, str) and name in sys.modules:
+            reached(sys.modules[name], files)
+    return files
 
 
 def kernels() -> list[str]:

@@ -269,6 +269,11 @@ def configure_compiler(device: torch.device) -> None:
         torch._inductor.config.triton.unique_kernel_names = True
 
 
+def warm_up_calls(device: torch.device) -> int:
+    """After how many calls a compiled step runs as it will: a CUDA graph is compiled, recorded and replayed first."""
+    return 4 if device.type == "cuda" else 1
+
+
 def forget_compilations() -> None:
     """Let `compile_cache_state` speak of what is compiled from now on."""
     if "torch._dynamo" in sys.modules:

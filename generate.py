@@ -178,8 +178,9 @@ def compile_steps(args, model: Transformer, sampling: Sampling, length: int = 2)
     start, steps = time.perf_counter(), compiled_steps(model.device, args.compile_prefill)
     sizes = {c.stop - c.start for c in chunks(0, length, model.block)} if model.block else set()
     for size in {2, 1, *sizes} if args.compile_prefill else {2}:
-        for _ in generate(model, [0] * size, min(5, model.config.max_seq_len - size), sampling, steps=steps):
-            pass  # several tokens: a CUDA graph is compiled, recorded and replayed in three calls
+        tokens = min(1 + machine.warm_up_calls(model.device), model.config.max_seq_len - size)
+        for _ in generate(model, [0] * size, tokens, sampling, steps=steps):
+            pass
     machine.synchronize(model.device)
     return steps, time.perf_counter() - start
 

@@ -225,6 +225,9 @@ def _(x: Tensor, packed: Tensor, outputs: int, group: int, chosen: Tensor | None
 
 # -- attention --------------------------------------------------------------------------------------------------------
 
+FEW = 16  # tokens in a call that a CPU's kernel takes; for more, a matmul over all of them is faster
+
+
 class Attended(NamedTuple):
     """Which part of the cache a call attends to; made once and used by every layer of a kind."""
     positions: Tensor  # [B, S] position of each query
@@ -249,14 +252,33 @@ def visible(keys: Tensor, positions: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (keys > queries - window)
 
 
+def cpu_attends() -> bool:
+    """Whether ops/cpu_attention.cpp is loaded."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("readonce::decode_attention", "CPU")
+
+
+cpu_attends._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import the compiler
+
+
+def kernel_reads_positions(positions: Tensor) -> bool:
+    """Whether the kernel for a call at positions [B, S] finds the filled part itself: on a GPU for one token, on a CPU
+    with its kernels for a few. A graph for prompts of all lengths has no choice by length."""
+    if positions.device.type != "cpu":
+        return positions.shape[1] == 1
+    few = positions.shape[1] <= FEW
+    if torch.compiler.is_compiling():
+        few = torch.fx.experimental.symbolic_shapes.statically_known_true(few)
+    return few and cpu_attends()
+
+
 def attended(positions: Tensor, size: int, window: int | None = None) -> Attended:
     """The attended part of a cache of `size` slots that will hold `positions`, so that cost follows the filled part.
 
-    A CPU reads the last position back (a graph keeps it as an unknown size: one graph for all lengths), and so does a
-    GPU for a prompt, once per chunk. For a single token reading back would stall the GPU and break its graph: there the
-    kernel reads the position itself.
+    For a prompt the last position is read back, once per chunk. For a token that would stall a GPU and break its graph,
+    and costs a CPU as much as attention itself: there the kernel reads the position. A CPU without its kernels reads it
+    back (a graph keeps it as an unknown size: one graph for all lengths).
     """
-    if positions.device.type != "cpu" and positions.shape[1] == 1:
+    if kernel_reads_positions(positions):
         return Attended(positions, window=window)
     span = positions.max().clamp_max(size - 1).item() + 1
     if torch.compiler.is_compiling():  # what the graph may assume of a size it does not know
@@ -321,8 +343,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: 
                      sinks: Tensor | None) -> Tensor:
     """Rows q [B, K, R, E] over whole caches [B, K, L, E]; row r stands at positions[:, r % S] -> [B, K, R, E].
 
-    Position p lives in slot p % L; window 0: none. Cost follows L. `ops/cuda.py` has the form whose cost follows the
-    filled part.
+    Position p lives in slot p % L; window 0: none. Cost follows L; ops/cuda.py and ops/cpu_attention.cpp have forms
+    whose cost follows the filled part.
     """
     keys = slot_positions(positions[:, -1:], torch.arange(k.shape[2], device=q.device), k.shape[2])
     seen = visible(keys, positions, window or None)  # [B, S, L]

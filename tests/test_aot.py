@@ -94,20 +94,29 @@ def test_whatever_decides_what_a_package_does_makes_another(empty_cache, monkeyp
 
 
 def test_an_edited_file_makes_another_package(empty_cache, tmp_path, monkeypatch):
-    for name in ("ops", "one.py", "ops/two.py"):
-        (tmp_path / name).write_text("1") if name.endswith("py") else (tmp_path / name).mkdir()
+    (tmp_path / "ops").mkdir()
+    files = {"uses_two": "from two import used\nimport three\ndef step(model, x, y, options):\n    return used(x)",
+             "two": "from four import more\ndef used(x):\n    return more(x)", "three": "",
+             "four": "def more(x):\n    1", "unrelated": "", "ops/five": ""}
+    for name, text in files.items():
+        (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(aot, "ROOT", tmp_path)
-    found = {path_of(Counter())}
-    for name in ("one.py", "ops/two.py"):
-        (tmp_path / name).write_text("2")
-        found.add(path_of(Counter()))
+    monkeypatch.syspath_prepend(tmp_path)
+    from uses_two import step as function
+    model = Counter()
+    base = path_of(model, function)
+    found = {base}
+    for name in files:
+        (tmp_path / f"{name}.py").write_text("edited")
+        changed = path_of(model, function)
+        assert (changed in found) == (name == "unrelated")
+        found.add(changed)
     exec(compile("def forward(self, x, y):\n    return x - y", str(tmp_path / "hack.py"), "exec"), hack := {})
     monkeypatch.setattr(Counter, "forward", hack["forward"])
-    (tmp_path / "hack.py").write_text("3")
-    found.add(path_of(Counter()))
-    (tmp_path / "hack.py").write_text("4")
-    found.add(path_of(Counter()))
-    assert len(found) == 5
+    for text in ("3", "4"):
+        (tmp_path / "hack.py").write_text(text)
+        found.add(path_of(model, function))
+    assert len(found) == len(files) + 2
 
 
 @torch.no_grad()
