@@ -225,7 +225,7 @@ def gaps(events: Iterable[Event], start: float, end: float) -> tuple[float, int]
 # operators that read large tensors, and how many of their inputs are such
 READERS = {"aten::mm": 2, "aten::bmm": 2, "aten::matmul": 2, "aten::linear": 2, "aten::addmm": 3,
            "aten::scaled_dot_product_attention": 3, "aten::_scaled_dot_product_flash_attention_for_cpu": 3,
-           "readonce::linear_rows": 2, "readonce::grouped_linear": 2, "readonce::packed_linear": 2,
+           "readonce::linear16": 2, "readonce::grouped_linear": 2, "readonce::packed_linear": 2,
            "readonce::quantized_linear": 3, "readonce::quantized_expert_linear": 3}
 ITEMSIZE = {"c10::BFloat16": 2, "c10::Half": 2, "float": 4, "double": 8, "signed char": 1, "unsigned char": 1}
 

@@ -156,7 +156,7 @@ def test_the_command_prints_both_tables_and_writes_a_trace(command, tmp_path):
                              "--trace", str(trace))
     assert code == 0, err
     for words in ("embedding", "0 full attention", "5 feed-forward", "norm and head", "sampling", "sum of the parts",
-                  "rest", "whole step", "aten::linear [1536, 256]", "gaps", "position 9", "eager"):
+                  "rest", "whole step", "readonce::linear16 [1536, 256]", "gaps", "position 9", "eager"):
         assert words in out
     assert sum(event["name"] == p.STEP for event in json.loads(trace.read_text())["traceEvents"]) >= 3
     assert [path.name for path in tmp_path.iterdir()] == [trace.name]
