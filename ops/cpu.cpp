@@ -17,6 +17,7 @@
 // register of a line.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include "cpu_common.h"
@@ -61,12 +62,18 @@ struct Layout {
 // -- pack, unpack -----------------------------------------------------------------------------------------------------
 
 Tensor empty_in_huge_pages(at::IntArrayRef shape, at::ScalarType dtype) {
-  Tensor out = at::empty(shape, dtype);
-#if defined(MADV_HUGEPAGE)  // to be asked for before memory is first touched; 4 KB pages would cost TLB misses
-  uintptr_t first = round_up((uintptr_t)out.data_ptr(), 4096), end = (uintptr_t)out.data_ptr() + out.nbytes();
-  if (out.nbytes() >= 1 << 22) madvise((void*)first, (end - first) & ~4095ull, MADV_HUGEPAGE);
+#if defined(MADV_HUGEPAGE)  // small pages cost TLB misses; never touched before, as what malloc gives may have been
+  constexpr size_t HUGE_PAGE = 1 << 21;
+  const size_t bytes = c10::multiply_integers(shape) * c10::elementSize(dtype), mapped = bytes + HUGE_PAGE;
+  if (bytes >= HUGE_PAGE) {
+    void* memory = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    TORCH_CHECK_WITH(OutOfMemoryError, memory != MAP_FAILED, "no memory for ", bytes, " bytes");
+    void* first = (void*)round_up((uintptr_t)memory, HUGE_PAGE);
+    madvise(first, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
+    return at::from_blob(first, shape, [=](void*) { munmap(memory, mapped); }, dtype);
+  }
 #endif
-  return out;
+  return at::empty(shape, dtype);
 }
 
 void pack_row_int4(const uint8_t* w, int64_t inputs, const Layout& l, uint8_t* out) {
@@ -183,39 +190,57 @@ void round_row(const T* x, int64_t inputs, int64_t columns, int offset, int8_t* 
 
 // -- kernel -----------------------------------------------------------------------------------------------------------
 
-constexpr int MOST_ROWS = PARTS == 1 ? 8 : 4;  // rows of x multiplied at a time: their sums stay in registers
-constexpr int64_t AHEAD = 2304;  // bytes that are fetched before they are needed
+constexpr int MOST_ROWS = PARTS == 1 ? 6 : 4;  // rows of x multiplied at a time: their sums stay in registers
+constexpr int FEW_ROWS = PARTS == 1 ? 3 : 4;  // and those of four tiles
+template <int BITS> constexpr int64_t AHEAD = BITS == 4 ? 2304 : 1152;  // bytes fetched before they are needed
 
-template <int BITS, int ROWS>
-INLINE void add_block(const uint8_t* w, const Floats* scale, const int8_t* const* q, const float* const* x_scale,
-                      const int32_t* const* zero, int64_t block, Floats (&acc)[ROWS][PARTS]) {
-  UNROLL for (int j = 0; j < BITS; j++) __builtin_prefetch(w + AHEAD + j * LINE);  // BITS lines make a block
+// A block of TILES tiles, `stride` bytes apart, times ROWS rows of x.
+template <int BITS, int TILES, int ROWS>
+INLINE void add_block(const uint8_t* w, int64_t stride, const int64_t* ahead, const Floats (&scale)[TILES][PARTS],
+                      const int8_t* const* q, const float* const* x_scale, const int32_t* const* zero, int64_t block,
+                      Floats (*acc)[ROWS][PARTS]) {
   ROLLED for (int part = 0; part < PARTS; part++) {
-    Bytes line[8];
+    // For one row there are registers for the sums of high nibbles apart: 16 times too large, which saves a shift.
+    constexpr uint8_t LOW = 0x0f, HIGH = 0xf0;
+    constexpr bool APART = BITS == 4 && ROWS == 1 && PARTS == 1;
+    Sums<BITS> sum[TILES][ROWS] = {}, high[TILES] = {};
     UNROLL for (int j = 0; j < 8; j++) {
-      if constexpr (BITS == 8) {
-        line[j] = load<Bytes>(w + j * LINE + part * WIDTH);
-      } else {
-        Bytes pairs = load<Bytes>(w + j / 2 * LINE + part * WIDTH);
-        line[j] = (j % 2 ? (Bytes)((Words)pairs >> 4) : pairs) & 15;
+      Bytes line[TILES];
+      UNROLL for (int t = 0; t < TILES; t++) {
+        const uint8_t* at = w + t * stride + (BITS == 4 ? j / 2 : j) * LINE;
+        if ((BITS == 8 || j % 2 == 0) && part == 0) __builtin_prefetch(at + ahead[t], 0, 2);
+        line[t] = load<Bytes>(at + part * WIDTH);
+        if constexpr (BITS == 4) {
+          if (j % 2 && !APART) line[t] = (Bytes)((Words)line[t] >> 4);
+          line[t] &= j % 2 && APART ? Bytes{} + HIGH : Bytes{} + LOW;
+        }
+      }
+      UNROLL for (int m = 0; m < ROWS; m++) {
+        Bytes x = (Bytes)(Ints{} + load<int32_t>(q[m] + block * BLOCK + j * 4));
+        UNROLL for (int t = 0; t < TILES; t++) {
+          Sums<BITS>& to = APART && j % 2 ? high[t] : sum[t][m];
+          to = dot(to, line[t], x);
+        }
       }
     }
-    UNROLL for (int m = 0; m < ROWS; m++) {
-      Sums<BITS> sum = {};
-      UNROLL for (int j = 0; j < 8; j++)
-        sum = dot(sum, line[j], (Bytes)(Ints{} + load<int32_t>(q[m] + block * BLOCK + j * 4)));
-      Floats product = __builtin_convertvector(total(sum) + zero[m][block], Floats);
-      Floats factor = Floats{} + x_scale[m][block];
-      if constexpr (BITS == 4) factor *= scale[part];
-      acc[m][part] = multiply_add(product, factor, acc[m][part]);
-    }
+    UNROLL for (int m = 0; m < ROWS; m++)
+      UNROLL for (int t = 0; t < TILES; t++) {
+        Ints whole = total(sum[t][m]) + zero[m][block];
+        if constexpr (APART) whole += (Ints)high[t] >> 4;
+        Floats factor = Floats{} + x_scale[m][block];
+        if constexpr (BITS == 4) factor *= scale[t][part];
+        acc[t][m][part] = multiply_add(__builtin_convertvector(whole, Floats), factor, acc[t][m][part]);
+      }
   }
 }
 
-// TILES tiles, `stride` bytes apart, times ROWS rows of x -> sums [TILES][ROWS][16]. Several tiles at once are several
-// streams of memory: one alone does not reach the bandwidth of a core.
+// TILES tiles, `stride` bytes apart, times ROWS rows of x -> sums [TILES][ROWS][16]; tile t is fetched ahead[t] bytes
+// before it is needed. Several tiles at once are several streams of memory: one alone does not reach the bandwidth of
+// a core.
 template <int BITS, int TILES, int ROWS>
-void multiply(const uint8_t* w, int64_t stride, const Layout& l, const Rounded& x, int64_t row, float* sums) {
+void multiply(const uint8_t* w, int64_t stride, const int64_t* ahead, const Layout& l, const Rounded& x, int64_t row,
+              float* sums) {
+  constexpr int TOGETHER = PARTS == 1 ? TILES : 1;  // the sums of several would not fit in fewer registers
   const int8_t* q[ROWS];
   const float* x_scale[ROWS];
   const int32_t* zero[ROWS];
@@ -224,22 +249,22 @@ void multiply(const uint8_t* w, int64_t stride, const Layout& l, const Rounded& 
     x_scale[m] = x.scale + (row + m) * (l.columns / BLOCK);
     zero[m] = x.zero + (row + m) * (l.columns / BLOCK);
   }
-  Floats acc[TILES][ROWS][PARTS] = {};
+  Floats acc[TILES][ROWS][PARTS] = {}, scale[TOGETHER][PARTS] = {};
   const int64_t unit = l.unit, blocks = BITS == 4 ? l.group / BLOCK : 1;  // blocks to a scale
   for (int64_t block = 0; block < l.columns / BLOCK; block += (BITS == 4 ? 2 : 1) * blocks, w += unit) {
-    UNROLL_TILES for (int t = 0; t < TILES; t++) {
+    ROLLED for (int t = 0; t < TILES; t += TOGETHER) {
       const uint8_t* at = w + t * stride;
       if constexpr (BITS == 8) {
-        add_block<8, ROWS>(at, nullptr, q, x_scale, zero, block, acc[t]);
+        add_block<8, TOGETHER, ROWS>(at, stride, ahead + t, scale, q, x_scale, zero, block, acc + t);
       } else {
         ROLLED for (int half = 0; half < 2; half++) {
-          Floats scale[PARTS];
-          const uint8_t* halves = w + t * stride + unit - LINE + half * TILE * 2;
-          for (int p = 0; p < PARTS; p++) scale[p] = load_halves(halves + p * LANES * 2);
+          UNROLL for (int i = 0; i < TOGETHER; i++)
+            for (int p = 0; p < PARTS; p++)
+              scale[i][p] = load_halves(w + (t + i) * stride + unit - LINE + (half * TILE + p * LANES) * 2);
           for (int64_t b = half * blocks; b < (half + 1) * blocks; b++, at += BLOCK * TILE / 2)
-            add_block<4, ROWS>(at, scale, q, x_scale, zero, block + b, acc[t]);
+            add_block<4, TOGETHER, ROWS>(at, stride, ahead + t, scale, q, x_scale, zero, block + b, acc + t);
         }
-        __builtin_prefetch(at + AHEAD);  // the line of scales
+        UNROLL for (int i = 0; i < TOGETHER; i++) __builtin_prefetch(at + i * stride + ahead[t + i], 0, 2);  // scales
       }
     }
   }
@@ -251,7 +276,7 @@ void multiply(const uint8_t* w, int64_t stride, const Layout& l, const Rounded& 
       }
 }
 
-using Kernel = void (*)(const uint8_t*, int64_t, const Layout&, const Rounded&, int64_t, float*);
+using Kernel = void (*)(const uint8_t*, int64_t, const int64_t*, const Layout&, const Rounded&, int64_t, float*);
 
 template <int BITS, int TILES, int... I> constexpr auto kernels(std::integer_sequence<int, I...>) {
   return std::array<Kernel, sizeof...(I)>{multiply<BITS, TILES, I + 1>...};  // by number of rows
@@ -274,27 +299,30 @@ template <typename T> void store(void* y, int64_t at, const float* sums, int64_t
 
 // Tiles [first, first + TILES * count) of one matrix, as TILES streams of `count` tiles.
 template <int BITS, int TILES> void multiply_tiles(const Product& p, const Rows& rows, int64_t first, int64_t count) {
-  static constexpr auto KERNELS = kernels<BITS, TILES>(std::make_integer_sequence<int, TILES == 4 ? 4 : MOST_ROWS>());
-  int64_t blocks = (rows.count + MOST_ROWS - 1) / MOST_ROWS, per = (rows.count + blocks - 1) / blocks;
-  float sums[TILES * MOST_ROWS * TILE];
-  for (int64_t t = first; t < first + count; t++)
-    for (int64_t m = 0; m < rows.count; m += per) {  // past the first rows the tiles come from the cache
-      int64_t n = std::min(per, rows.count - m);
-      KERNELS[n - 1](rows.weight + t * p.layout.tile, count * p.layout.tile, p.layout, p.x, rows.first + m, sums);
-      for (int64_t i = 0; i < TILES * n; i++) {
-        int64_t output = (t + i / n * count) * TILE;
-        p.store(p.y, p.order[rows.first + m + i % n] * p.outputs + output, sums + i * TILE,
+  constexpr int MOST = TILES == 4 ? FEW_ROWS : MOST_ROWS;
+  static constexpr auto KERNELS = kernels<BITS, TILES>(std::make_integer_sequence<int, MOST>());
+  int64_t passes = (rows.count + MOST - 1) / MOST, per = (rows.count + passes - 1) / passes, tile = p.layout.tile;
+  float sums[TILES * MOST * TILE];
+  for (int64_t i = first; i < first + count; i++)
+    for (int64_t pass = 0; pass < passes; pass++) {  // past the first the tiles come from the cache
+      int64_t ahead[TILES], m = rows.first + pass * per, n = std::min(per, rows.first + rows.count - m);
+      for (int t = 0; t < TILES; t++)  // each of several passes fetches its share of the next tiles
+        ahead[t] = passes == 1 ? AHEAD<BITS> : t * passes / TILES == pass ? tile : 0;
+      KERNELS[n - 1](rows.weight + i * tile, count * tile, ahead, p.layout, p.x, m, sums);
+      for (int64_t j = 0; j < TILES * n; j++) {
+        int64_t output = (i + j / n * count) * TILE;
+        p.store(p.y, p.order[m + j % n] * p.outputs + output, sums + j * TILE,
                 std::min<int64_t>(TILE, p.outputs - output));
       }
     }
 }
 
 template <int BITS> void multiply_range(const Product& p, const Rows& rows, int64_t begin, int64_t end) {
-  int64_t n = end - begin, blocks = (rows.count + MOST_ROWS - 1) / MOST_ROWS;
-  if (blocks <= 4 && rows.count <= 4 * blocks) {
+  int64_t n = end - begin;
+  if (rows.count <= FEW_ROWS) {
     multiply_tiles<BITS, 4>(p, rows, begin, n / 4);
     begin += n / 4 * 4;
-  } else if constexpr (MOST_ROWS > 4) {
+  } else {
     multiply_tiles<BITS, 2>(p, rows, begin, n / 2);
     begin += n / 2 * 2;
   }
@@ -326,8 +354,11 @@ Tensor packed_linear(const Tensor& x_, const Tensor& packed, int64_t outputs, in
   auto groups = rows_of(chosen, packed, packed.size(-2) * p.layout.tile, p.order);
   if (M == 0) return y;
   p.y = y.data_ptr();
-  Tensor memory = at::empty({M * (p.layout.columns + 8 * blocks)}, at::kByte);
-  auto q = (int8_t*)memory.data_ptr();
+  alignas(LINE) int8_t few[16384];  // where they are enough an allocation is saved
+  Tensor many;
+  int64_t bytes = M * (p.layout.columns + 8 * blocks);
+  if (bytes > (int64_t)sizeof few) many = at::empty({bytes}, at::kByte);
+  int8_t* q = many.defined() ? (int8_t*)many.data_ptr() : few;
   auto scale = (float*)(q + M * p.layout.columns);
   p.x = {q, scale, (int32_t*)(scale + M * blocks)};
   if (x.scalar_type() == at::kFloat) prepare<float>(p, x, inputs);

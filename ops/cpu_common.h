@@ -1,5 +1,5 @@
-// What the CPU kernels of ops/cpu*.cpp share: threads, and the rows that go through each of several matrices. LIBRARY is
-// the namespace of the operators, which ops/cpu.py gives on the compiler's command line.
+// What the CPU kernels of ops/cpu*.cpp share: threads, and the rows that go through each of several matrices. LIBRARY
+// is the namespace of the operators, which ops/cpu.py gives on the compiler's command line.
 #pragma once
 
 #include <ATen/Parallel.h>

@@ -122,7 +122,8 @@ template <typename T> struct Product {  // what all threads share
 };
 
 // Rows [first, first + N * count) of one matrix, as N streams of `count` rows.
-template <typename T, int N> void multiply_streams(const Product<T>& p, const Rows& rows, int64_t first, int64_t count) {
+template <typename T, int N>
+void multiply_streams(const Product<T>& p, const Rows& rows, int64_t first, int64_t count) {
   static constexpr auto KERNELS = kernels<T, N>(std::make_integer_sequence<int, MOST_ROWS>());
   int64_t passes = (rows.count + MOST_ROWS - 1) / MOST_ROWS, per = (rows.count + passes - 1) / passes;
   int64_t panel = std::clamp<int64_t>(PANEL / (N * p.inputs * (int64_t)sizeof(T)), 1, LONGEST);
@@ -145,7 +146,8 @@ template <typename T, int N> void multiply_streams(const Product<T>& p, const Ro
 }
 
 template <typename T>
-void run(Tensor& y, const Tensor& x, const Tensor& weight, const std::vector<Rows>& groups, std::vector<int64_t> order) {
+void run(Tensor& y, const Tensor& x, const Tensor& weight, const std::vector<Rows>& groups,
+         std::vector<int64_t> order) {
   int64_t M = order.size(), inputs = x.size(-1), outputs = weight.size(-2), columns = round_up(inputs, STEP);
   Product<T> p{inputs, outputs, std::vector<const Prepared<T>*>(M), std::move(order), y.data_ptr<T>()};
   auto from = x.const_data_ptr<T>();

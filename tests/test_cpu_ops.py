@@ -1,5 +1,6 @@
 """The CPU kernels compute what they promise, in every form this machine can run."""
 import random
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ VARIANTS = ["native", "portable", *["avx2"] * ops.processor_has("avx2"), *["avx5
 def kernels(request):
     """The operators of one build; a namespace other than readonce needs its schemas."""
     if cpu.build(request.param) is None:
+        assert shutil.which(cpu.commands(request.param)[0][0]) is None
         pytest.skip("no C++ compiler")
     if request.param == "native":
         assert cpu.load()
@@ -58,8 +60,8 @@ def test_linear_equals_its_reference(kernels, group, rows):
     y = kernels.packed_linear(x, packed, outputs, group, None)
     truth = rounded(x) @ wide.double().T
     torch.testing.assert_close(y.double(), truth, rtol=0, atol=1e-6 * inputs ** 0.5 * truth.abs().max().item())
-    exact = x @ wide.T
-    assert ((y - exact).square().mean() / exact.square().mean()).sqrt() < 0.02
+    spread = x.square() @ wide.T.square()  # of the exact product, were its terms of any sign
+    assert ((y - x @ wide.T).square().mean() / spread.mean()).sqrt() < 0.03
     for dtype in (torch.bfloat16, torch.float16):
         narrow = kernels.packed_linear(x.to(dtype)[None], packed, outputs, group, None)
         again = kernels.packed_linear(x.to(dtype).float(), packed, outputs, group, None)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from errors import UserError
-from sampling import Sampling, distribution, sample
+from sampling import Sampling, distribution, largest, sample
 
 CPU = torch.device("cpu")
 
@@ -70,6 +70,26 @@ def test_temperature_zero_is_argmax_even_among_close_logits():
 def test_top_k_keeps_exactly_k_tokens_on_a_tie():
     probs, ids = distribution(torch.zeros(1, 9), torch.tensor(1.0), 3, None)
     assert probs.shape == ids.shape == (1, 3)
+
+
+@pytest.mark.parametrize("rows, vocabulary, k", [
+    (1, 9, 3), (1, 6400, 100), (3, 6431, 100), (2, 7000, 1), (2, 6431, 101)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_logits_are_those_of_topk(rows, vocabulary, k, dtype):
+    """Small vocabularies and large, whole groups of them and not; with ties, any of the equal ones, each id once."""
+    spread = torch.randn(rows, vocabulary)
+    spread[0, torch.randperm(vocabulary)[:vocabulary // 2]] = spread.min()
+    crowded = spread[:, torch.arange(vocabulary) % 32 * (vocabulary // 32) % vocabulary]  # the largest stand together
+    for logits in (spread.to(dtype), crowded.to(dtype), spread.sort().values.to(dtype), torch.zeros_like(spread)):
+        values, ids = largest(logits, k)
+        assert torch.equal(values, logits.topk(k).values) and torch.equal(values, logits.gather(1, ids))
+        assert all(len(set(row)) == k for row in ids.tolist())
+
+
+def test_one_logit_that_is_not_a_number_is_seen_in_a_large_vocabulary():
+    logits = torch.randn(2, 7000)
+    logits[0, 6999], logits[1, 3000] = float("nan"), float("inf")
+    assert sample(logits, **Sampling(1.0, 50).arguments(7000, CPU)).flatten().tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
