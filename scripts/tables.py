@@ -1,10 +1,11 @@
-"""README's tables from the rows in benchmarks/, so that no number is copied by hand.
+"""The tables of README and of docs/why-cpu.md from the rows in benchmarks/, so that no number is copied by hand.
 
     python -m scripts.tables
 
-What stands between `<!-- speed -->` and `<!-- end -->` there, and likewise for the other tables, is written anew. Of
-rows that measure the same on the same machine the last one counts.
+What stands between `<!-- speed -->` and `<!-- end -->`, and likewise for the other tables, is written anew. Of rows
+that measure the same on the same machine the last one counts.
 """
+import functools
 import itertools
 import json
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from errors import Parser, UserError, run_command
 
 ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "why-cpu.md")
 PEERS = {"transformers eager": "transformers", "transformers compiled": "its compiled", "llama.cpp": "llama.cpp",
          "gpt-fast": "gpt-fast"}
 Case = list[dict]  # the rows of one case, ours first
@@ -143,7 +145,64 @@ def activations_table(rows: list[dict]) -> str:
         f"\n\n`{command_of(last)}`, commit {last['commit']}, {last['machine']}."
 
 
-TABLES = {"speed": speed_table, "starts": starts_table, "quality": quality_table, "activations": activations_table}
+# -- docs/why-cpu.md --------------------------------------------------------------------------------------------------
+
+POINTS = ("quantization", "kernels", "dispatch", "memory", "start", "threads", "fusion", "step")  # why_cpu.py's
+THINGS = {"token": ("ms/token", "tok/s", "GB/s", "faster by"), "prompt": ("prompt, tok/s", "faster by"),
+          "start": ("seconds", "faster by"), "part": ("ms", "of the step")}  # any other is a matrix
+
+
+def why_rows(rows: list[dict], point: str | None = None) -> list[dict]:
+    """Those of the last run, or of the last that had this point."""
+    found = [row for row in rows if row.get("kind") == "why" and row["point"] == (point or row["point"])]
+    return [row for row in found if all(row[key] == found[-1][key] for key in ("machine", "commit", "command"))]
+
+
+def why_table(point: str, rows: list[dict]) -> str:
+    """What each way took and is worth; where matrices were timed one by one, a table of their GB/s below."""
+    found = why_rows(rows, point)
+    ways = {way: {row["thing"]: row for row in found if row["what"] == way}
+            for way in dict.fromkeys(row["what"] for row in found)}
+    things = list(dict.fromkeys(row["thing"] for row in found))
+    parts = []
+    for shown in ([t for t in things if t in THINGS], [t for t in things if t not in THINGS]):
+        if shown:
+            head = " | ".join(["", *(name for thing in shown for name in THINGS.get(thing, (f"{thing}, GB/s",)))])
+            lines = ([way, *itertools.chain(*(why_cells(of[thing], found) for thing in shown))]
+                     for way, of in ways.items() if shown[0] in of)
+            parts.append(table(head, map(" | ".join, lines)))
+    return "\n\n".join(parts)
+
+
+def why_cells(row: dict, rows: list[dict]) -> list[str]:
+    """What stands under a thing's columns. A base that is compared with another itself is named."""
+    if "base" in row:
+        named = any(other["what"] == row["base"] and "base" in other for other in rows)
+        worth = f"{row['worth_pct']:+.0f} %" + (f" on {row['base']}" if named else "")
+    else:
+        worth = "base"
+    cells = {"token": lambda: [f"{row['ms']:.3g}", number(row["tok_s"]), f"{row['gb_s']:.1f}" if "gb_s" in row else "",
+                               worth],
+             "prompt": lambda: [number(row["tok_s"]), worth], "start": lambda: [f"{row['ms'] / 1e3:.2f}", worth],
+             "part": lambda: [f"{row['ms']:.2f}", f"{row['share_pct']:.0f} %"]}
+    return cells.get(row["thing"], lambda: [f"{row['gb_s']:.1f}"])()
+
+
+def why_source(rows: list[dict]) -> str:
+    """Where the figures come from."""
+    found = why_rows(rows)
+    if not found:
+        return ""
+    bandwidths = [row["bandwidth_gb_s"] for row in found]
+    last = found[-1]
+    return (f"{last['model']} on {last['machine']}, {last['threads']} threads, torch {last['torch']}, read bandwidth "
+            f"{min(bandwidths):.0f} to {max(bandwidths):.0f} GB/s; commit {last['commit']}, `{command_of(last)}`.")
+
+
+# -- pages ------------------------------------------------------------------------------------------------------------
+
+TABLES = {"speed": speed_table, "starts": starts_table, "quality": quality_table, "activations": activations_table,
+          "why": why_source, **{f"why-{point}": functools.partial(why_table, point) for point in POINTS}}
 
 
 def pieces(text: str) -> Iterator[tuple[str | None, str]]:
@@ -157,22 +216,21 @@ def pieces(text: str) -> Iterator[tuple[str | None, str]]:
         before, mark, rest = text.partition(f"<!-- {name} -->\n")
         inside, end, text = rest.partition("<!-- end -->")
         if not mark or not end:
-            raise UserError(f"README.md has <!-- {name} --> without a line <!-- end --> behind it; put one there")
+            raise UserError(f"a page has <!-- {name} --> without a line <!-- end --> behind it; put one there")
         yield None, before + mark
         yield name, inside
         text = end + text
 
 
 def written(text: str, rows: list[dict]) -> str:
-    """README with its tables made of these rows."""
+    """A page with its tables made of these rows."""
     return "".join(old if name is None else f"{TABLES[name](rows)}\n" for name, old in pieces(text))
 
 
 def main(argv: list[str]) -> None:
     Parser(prog="python -m scripts.tables", description=__doc__.splitlines()[0]).parse_args(argv)
-    readme = ROOT / "README.md"
-    text = written(readme.read_text("utf-8"), read_rows())
-    readme.write_text(text, "utf-8")
+    for page in PAGES:
+        page.write_text(written(page.read_text("utf-8"), read_rows()), "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
-"""README's tables hold the numbers of the files, and nothing else."""
+"""The pages' tables hold the numbers of the files, and nothing else."""
 import random
 import re
 
 import pytest
-from conftest import ROOT
 
 from errors import UserError
 from scripts import tables
-
-README = (ROOT / "README.md").read_text()
 
 
 def row(**fields) -> dict:
@@ -18,8 +15,10 @@ def row(**fields) -> dict:
             "commit": "abc", "command": "python -m scripts.benchmark --output x"} | fields
 
 
-def test_the_readmes_tables_are_those_of_the_files():
-    assert tables.written(README, tables.read_rows()) == README
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_the_tables_are_those_of_the_files(page):
+    text = page.read_text("utf-8")
+    assert tables.written(text, tables.read_rows()) == text
 
 
 def test_each_published_row_says_where_it_comes_from():
@@ -62,3 +61,20 @@ def test_what_activations_cost_stands_beside_the_weights_and_under_the_system():
     done = tables.written(text, [*rows, {"kind": "quality"}])
     assert "| w | 0.12500, 3.000 |  |  | 0.50000, 2.000 |  |\n| v |  |  | 0.75000, 5.000 |  |  |\n" in done
     assert "`python -m x`, commit def, M." in done
+
+
+def test_what_a_thing_is_worth_is_that_of_the_last_run():
+    assert tables.written("<!-- why-memory -->\nstale\n<!-- end -->\n", []) == "<!-- why-memory -->\n\n<!-- end -->\n"
+    run = {"kind": "why", "machine": "M", "model": "m", "threads": 2, "torch": "2", "bandwidth_gb_s": 10.0,
+           "point": "quantization", "thing": "token", "ms": 40.0, "tok_s": 25.0, "gb_s": 8.0}
+    old = [run | {"what": what, "commit": "old", "command": "x"} for what in ("a", "gone")]
+    new = [run | fields | {"commit": "new", "command": "python -m scripts.why_cpu --output rows"} for fields in (
+        {"what": "a"}, {"what": "b", "base": "a", "worth_pct": 31.4}, {"what": "c", "base": "b", "worth_pct": -7.2},
+        {"what": "b", "thing": "w2", "gb_s": 9.5}, {"point": "step", "what": "d", "thing": "part", "share_pct": 61.0})]
+    table = tables.why_table("quantization", [*old, {"kind": "quality"}, *new])
+    assert table.splitlines()[2:] == [
+        "| a | 40 | 25.0 | 8.0 | base |", "| b | 40 | 25.0 | 8.0 | +31 % |", "| c | 40 | 25.0 | 8.0 | -7 % on b |", "",
+        "|  | w2, GB/s |", "|---|---|", "| b | 9.5 |"]
+    assert tables.why_table("step", [*old, *new]).endswith("| d | 40.00 | 61 % |")
+    assert tables.why_source([*old, *new]) == ("m on M, 2 threads, torch 2, read bandwidth 10 to 10 GB/s; commit new, "
+                                               "`python -m scripts.why_cpu`.")
