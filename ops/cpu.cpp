@@ -10,8 +10,9 @@
 // Layout. 16 rows of the matrix make a tile, rows and columns being padded with zeros:
 //   int8  lines of 64 bytes = 16 rows x 4 columns, columns a multiple of 32; then 16 float32 scales end the tile
 //   int4  units of 16 rows x 2 g columns: lines of 64 bytes = 16 rows x 8 columns, of each row the low halves of its 4
-//         bytes first; then 2 x 16 float16 scales end the unit. Nibbles are kept + 8, as in the portable format
-// A line is what one instruction multiplies (4 adjacent bytes to a 32-bit lane), and a tile is one stream of memory.
+//         bytes first, after a line of 2 x 16 float16 scales. Nibbles are kept + 8, as in the portable format
+// A line is what one instruction multiplies (4 adjacent bytes to a 32-bit lane), and a tile is one stream of memory,
+// read strictly forwards: out of order by a few lines it loses a quarter of its speed, as prefetchers lose track.
 //
 // Glossary: M rows of x, g columns to a scale (0: int8), tile 16 rows of a matrix, block 32 columns, part one vector
 // register of a line.
@@ -79,7 +80,7 @@ Tensor empty_in_huge_pages(at::IntArrayRef shape, at::ScalarType dtype) {
 void pack_row_int4(const uint8_t* w, int64_t inputs, const Layout& l, uint8_t* out) {
   for (int64_t k = 0; k < inputs; k += 8, w += 4) {  // 8 columns: 4 bytes in, 4 bytes out
     int64_t unit = k / (2 * l.group), line = k % (2 * l.group) / 8;
-    uint8_t* to = out + unit * l.unit + line * LINE;
+    uint8_t* to = out + unit * l.unit + (1 + line) * LINE;
     for (int i = 0; i < 2; i++) {
       to[2 * i] = (w[i] & 15) | (w[i + 2] & 15) << 4;
       to[2 * i + 1] = w[i] >> 4 | (w[i + 2] & 0xf0);
@@ -110,14 +111,14 @@ Tensor pack(const Tensor& weight, const Tensor& scale) {
       int64_t rows = std::min<int64_t>(TILE, outputs - t % tiles * TILE);
       uint8_t* tile = (uint8_t*)packed.data_ptr() + t * l.tile;
       std::memset(tile, int4 ? 0x88 : OFFSET, l.tile);  // weights of zero
-      for (int64_t n = int4 ? l.unit : l.tile; n <= l.tile; n += l.unit) std::memset(tile + n - LINE, 0, LINE);
+      for (int64_t n = int4 ? 0 : l.tile - LINE; n < l.tile; n += l.unit) std::memset(tile + n, 0, LINE);
       for (int64_t r = 0; r < rows; r++) {
         const uint8_t* row = from + (first + r) * stored;
         if (int4) {
           auto row_scales = (const at::Half*)scales + (first + r) * groups;
           pack_row_int4(row, inputs, l, tile + r * 4);
           for (int64_t i = 0; i < groups; i++)
-            ((at::Half*)(tile + (i / 2 + 1) * l.unit - LINE))[i % 2 * TILE + r] = row_scales[i];
+            ((at::Half*)(tile + i / 2 * l.unit))[i % 2 * TILE + r] = row_scales[i];
         } else {
           for (int64_t k = 0; k < inputs; k++) tile[k / 4 * LINE + r * 4 + k % 4] = row[k] + OFFSET;
           ((float*)(tile + l.tile - LINE))[r] = ((const float*)scales)[first + r];
@@ -131,8 +132,8 @@ Tensor pack(const Tensor& weight, const Tensor& scale) {
 void unpack_row(const uint8_t* tile, int64_t r, int64_t inputs, const Layout& l, float* y) {
   for (int64_t k = 0; k < inputs; k += 4) {  // 4 columns: one lane, or the low or high halves of one
     const uint8_t* unit = l.group ? tile + k / (2 * l.group) * l.unit : tile;
-    const uint8_t* w = unit + (l.group ? k % (2 * l.group) / 8 : k / 4) * LINE + r * 4;
-    float scale = l.group ? (float)((const at::Half*)(unit + l.unit - LINE))[k / l.group % 2 * TILE + r]
+    const uint8_t* w = unit + (l.group ? 1 + k % (2 * l.group) / 8 : k / 4) * LINE + r * 4;
+    float scale = l.group ? (float)((const at::Half*)unit)[k / l.group % 2 * TILE + r]
                           : ((const float*)(tile + l.tile - LINE))[r];
     for (int64_t i = 0; i < 4 && k + i < inputs; i++)
       y[k + i] = (l.group ? (k & 4 ? w[i] >> 4 : w[i] & 15) - 8 : (int8_t)(w[i] - OFFSET)) * scale;
@@ -192,7 +193,7 @@ void round_row(const T* x, int64_t inputs, int64_t columns, int offset, int8_t* 
 
 constexpr int MOST_ROWS = PARTS == 1 ? 6 : 4;  // rows of x multiplied at a time: their sums stay in registers
 constexpr int FEW_ROWS = PARTS == 1 ? 3 : 4;  // and those of four tiles
-template <int BITS> constexpr int64_t AHEAD = BITS == 4 ? 2304 : 1152;  // bytes fetched before they are needed
+constexpr int64_t AHEAD = 1152;  // bytes that are fetched before they are needed
 
 // A block of TILES tiles, `stride` bytes apart, times ROWS rows of x.
 template <int BITS, int TILES, int ROWS>
@@ -257,14 +258,15 @@ void multiply(const uint8_t* w, int64_t stride, const int64_t* ahead, const Layo
       if constexpr (BITS == 8) {
         add_block<8, TOGETHER, ROWS>(at, stride, ahead + t, scale, q, x_scale, zero, block, acc + t);
       } else {
+        UNROLL for (int i = 0; i < TOGETHER; i++) __builtin_prefetch(at + i * stride + ahead[t + i], 0, 2);
+        at += LINE;
         ROLLED for (int half = 0; half < 2; half++) {
           UNROLL for (int i = 0; i < TOGETHER; i++)
             for (int p = 0; p < PARTS; p++)
-              scale[i][p] = load_halves(w + (t + i) * stride + unit - LINE + (half * TILE + p * LANES) * 2);
+              scale[i][p] = load_halves(w + (t + i) * stride + (half * TILE + p * LANES) * 2);
           for (int64_t b = half * blocks; b < (half + 1) * blocks; b++, at += BLOCK * TILE / 2)
             add_block<4, TOGETHER, ROWS>(at, stride, ahead + t, scale, q, x_scale, zero, block + b, acc + t);
         }
-        UNROLL for (int i = 0; i < TOGETHER; i++) __builtin_prefetch(at + i * stride + ahead[t + i], 0, 2);  // scales
       }
     }
   }
@@ -307,7 +309,7 @@ template <int BITS, int TILES> void multiply_tiles(const Product& p, const Rows&
     for (int64_t pass = 0; pass < passes; pass++) {  // past the first the tiles come from the cache
       int64_t ahead[TILES], m = rows.first + pass * per, n = std::min(per, rows.first + rows.count - m);
       for (int t = 0; t < TILES; t++)  // each of several passes fetches its share of the next tiles
-        ahead[t] = passes == 1 ? AHEAD<BITS> : t * passes / TILES == pass ? tile : 0;
+        ahead[t] = passes == 1 ? AHEAD : t * passes / TILES == pass ? tile : 0;
       KERNELS[n - 1](rows.weight + i * tile, count * tile, ahead, p.layout, p.x, m, sums);
       for (int64_t j = 0; j < TILES * n; j++) {
         int64_t output = (i + j / n * count) * TILE;
