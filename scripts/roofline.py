@@ -285,11 +285,13 @@ def width(dtype: str) -> tuple[torch.dtype, Quantization | None]:
 
 
 def ours(row: dict) -> Compared | None:
-    """A row of scripts/benchmark.py beside the bandwidth of its own run; None if its model is not at hand, or its
-    weights are a peer's.
+    """A row of scripts/benchmark.py beside the bandwidth of its own run; None for other rows, models that are not at
+    hand, and weights that are a peer's.
 
     decode_tok_s is of all rows of a batch together, and a depth is what the caches held before the prompt.
     """
+    if "decode_tok_s" not in row:  # another script's
+        return None
     name = row["model"]
     path = DEMO / "config.json" if name == "demo" else ROOT / name
     if row["system"] in ("llama.cpp", "gpt-fast") or (name not in shapes() and not path.is_file()):
