@@ -26,16 +26,6 @@ VARIANTS = {"avx512": ["-march=icelake-server"], "avx2": ["-mavx2", "-mfma", "-m
 PATIENCE = 300  # seconds
 
 
-def instruction_sets() -> str:
-    """What the processor can do, as the system words it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    features = [line for line in lines if line.startswith(("flags", "Features"))]
-    return " ".join([platform.machine(), machine.device_name(torch.device("cpu")), *features[:1]])
-
-
 def sources(suffix: str) -> list[Path]:
     return sorted(Path(__file__).parent.glob(f"cpu*{suffix}"))
 
@@ -57,7 +47,7 @@ def build(variant: str = "native") -> Path | None:
     """The compiled library; None, after a line that says why, where it cannot be made."""
     compiler, compiling, linking = commands(variant)
     texts = [path.read_text() for path in sources(".cpp") + sources(".h")]
-    made_of = (*texts, *compiler, *compiling, *linking, torch.__version__, instruction_sets())
+    made_of = (*texts, *compiler, *compiling, *linking, torch.__version__, machine.instruction_sets())
     name = f"cpu-{variant}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
     path = machine.cache_dir() / "ops" / name
     if path.is_file():
