@@ -170,6 +170,9 @@ def transformers(floats: Transformer, case: Case) -> Iterator[System]:
 
 # -- llama.cpp --------------------------------------------------------------------------------------------------------
 
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # its best setting on Linux, as it is ours
+
+
 def run_llama_bench(program: str, file: Path, case: Case, gpu: bool) -> tuple[Run, dict]:
     """Its own benchmark, once for the prompt and once for the tokens after it; also what it says of itself."""
     command = [program, "-m", str(file), "-r", "1", "-o", "json", "-t", str(torch.get_num_threads()),
@@ -178,9 +181,8 @@ def run_llama_bench(program: str, file: Path, case: Case, gpu: bool) -> tuple[Ru
     seconds = []
     for size in (["-p", str(case.prompt_length), "-n", "0", "-d", str(case.depth)],
                  ["-p", "0", "-n", str(steps), "-d", str(case.depth + case.prompt_length)]):
-        # huge pages are its best setting on Linux, as they are ours
         done = subprocess.run([*command, *size], capture_output=True, text=True,
-                              env=os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
+                              env=os.environ | HUGE_PAGES)
         try:
             found, = json.loads(done.stdout)
             seconds.append(found["avg_ns"] / 1e9)
@@ -193,8 +195,11 @@ def run_llama_bench(program: str, file: Path, case: Case, gpu: bool) -> tuple[Ru
 def start_llama(program: str, file: Path, case: Case) -> float:
     """Seconds from the start of its process to the first token behind a prompt, the file being in memory already."""
     start = time.perf_counter()
-    subprocess.run([program, "-m", str(file), "-t", str(torch.get_num_threads()), "-p", str(case.prompt_length),
-                    "-n", "0", "-r", "1", "--no-warmup"], capture_output=True)
+    done = subprocess.run([program, "-m", str(file), "-t", str(torch.get_num_threads()), "-p", str(case.prompt_length),
+                           "-n", "0", "-d", "0", "-r", "1", "--no-warmup"], capture_output=True,
+                          env=os.environ | HUGE_PAGES)
+    if done.returncode:  # a failure is no fast start
+        raise Absent(f"{program} failed with exit code {done.returncode} when it was started for one prompt")
     return time.perf_counter() - start
 
 
