@@ -193,7 +193,7 @@ void round_row(const T* x, int64_t inputs, int64_t columns, int offset, int8_t* 
 
 constexpr int MOST_ROWS = PARTS == 1 ? 6 : 4;  // rows of x multiplied at a time: their sums stay in registers
 constexpr int FEW_ROWS = PARTS == 1 ? 3 : 4;  // and those of four tiles
-constexpr int64_t AHEAD = 1152;  // bytes that are fetched before they are needed
+constexpr int64_t AHEAD = 4608;  // bytes that are fetched before they are needed, of all streams together
 
 // A block of TILES tiles, `stride` bytes apart, times ROWS rows of x.
 template <int BITS, int TILES, int ROWS>
@@ -309,7 +309,7 @@ template <int BITS, int TILES> void multiply_tiles(const Product& p, const Rows&
     for (int64_t pass = 0; pass < passes; pass++) {  // past the first the tiles come from the cache
       int64_t ahead[TILES], m = rows.first + pass * per, n = std::min(per, rows.first + rows.count - m);
       for (int t = 0; t < TILES; t++)  // each of several passes fetches its share of the next tiles
-        ahead[t] = passes == 1 ? AHEAD : t * passes / TILES == pass ? tile : 0;
+        ahead[t] = passes == 1 ? AHEAD / TILES : t * passes / TILES == pass ? tile : 0;
       KERNELS[n - 1](rows.weight + i * tile, count * tile, ahead, p.layout, p.x, m, sums);
       for (int64_t j = 0; j < TILES * n; j++) {
         int64_t output = (i + j / n * count) * TILE;

@@ -35,7 +35,7 @@ constexpr int MOST_ROWS = 4;
 #else
 constexpr int MOST_ROWS = 2;
 #endif
-constexpr int64_t AHEAD = 1152;  // bytes that are fetched before they are needed
+constexpr int64_t AHEAD = 4608;  // bytes that are fetched before they are needed, of all streams together
 constexpr int64_t PANEL = 1 << 18, LONGEST = 64;  // bytes, rows of a stream
 
 // -- kernel -----------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ void multiply_streams(const Product<T>& p, const Rows& rows, int64_t first, int6
     for (int64_t pass = 0; pass < passes; pass++) {
       int64_t ahead[N], m = rows.first + pass * per, n = std::min(per, rows.first + rows.count - m);
       for (int s = 0; s < N; s++)  // each of several passes fetches its share of the next panel
-        ahead[s] = passes == 1 ? AHEAD / (int64_t)sizeof(T) : s * passes / N == pass ? panel * p.inputs : 0;
+        ahead[s] = passes == 1 ? AHEAD / N / (int64_t)sizeof(T) : s * passes / N == pass ? panel * p.inputs : 0;
       const int64_t length = std::min(panel, count - begin);
       for (int64_t i = 0; i < length; i++)
         KERNELS[n - 1](weight + (begin + i) * p.inputs, count * p.inputs, p.inputs, p.x.data() + m, ahead,
