@@ -12,7 +12,7 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -205,23 +205,32 @@ def kept_folder(name: str) -> Path | None:
 
 # -- bandwidth --------------------------------------------------------------------------------------------------------
 
-def measure_bandwidth(device: torch.device, repeats: int = 7) -> float:
-    """Read bandwidth in bytes/s: the best of plain reductions over a buffer far larger than any cache."""
+def bandwidth_probe(device: torch.device) -> Callable[[int], float]:
+    """A function that measures read bandwidth in bytes/s: the best of so many plain reductions over a buffer far larger
+    than any cache. The buffer lives as long as it does."""
     size = PROBE_BYTES[device.type]
     free = available_memory(device)
     if free is not None and free < 2 * size:
         size = max(free // 4, 1 << 24)
     x = empty((size // 4096 // 4, 4096), torch.float32, device).fill_(1.0)
     v = torch.ones(4096, device=device)
-    best = float("inf")
-    for probe in (lambda: torch.mv(x, v), lambda: x.sum()):
-        for _ in range(repeats):
-            synchronize(device)
-            start = time.perf_counter()
-            probe()
-            synchronize(device)
-            best = min(best, time.perf_counter() - start)
-    return x.nbytes / best
+
+    def measure(repeats: int) -> float:
+        best = float("inf")
+        for probe in (lambda: torch.mv(x, v), lambda: x.sum()):
+            for _ in range(repeats):
+                synchronize(device)
+                start = time.perf_counter()
+                probe()
+                synchronize(device)
+                best = min(best, time.perf_counter() - start)
+        return x.nbytes / best
+    return measure
+
+
+def measure_bandwidth(device: torch.device, repeats: int = 7) -> float:
+    """Read bandwidth in bytes/s, measured now."""
+    return bandwidth_probe(device)(repeats)
 
 
 def read_bandwidth(device: torch.device) -> float:

@@ -141,10 +141,11 @@ def percentile(values: list[float], share: float) -> float | None:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else None
 
 
-def row_of(system: System, runs: list[Run], first: list[Run], case: Case, bandwidth: float) -> dict:
-    """One system's numbers for one case. Tokens/s are those of all rows of the batch together."""
+def row_of(system: System, runs: list[Run], first: list[Run], case: Case, bandwidths: list[float]) -> dict:
+    """One system's numbers for one case. Tokens/s are those of all rows of the batch together. `bandwidths`: bytes/s
+    just before each of its runs; on a virtual machine they may differ by half from minute to minute."""
     speeds = [case.batch * (case.new_tokens - 1) / run.decode_s for run in runs]
-    moved = statistics.median(system.step_bytes * speed / case.batch for speed in speeds)
+    moved = [system.step_bytes * speed / case.batch for speed in speeds]
     steps_ms = [s * 1e3 for run in runs for s in run.steps_s]
     prompts = [run.ttft_s for run in runs if run.ttft_s]
     ttft = statistics.median(prompts) if prompts else None
@@ -155,8 +156,10 @@ def row_of(system: System, runs: list[Run], first: list[Run], case: Case, bandwi
         "decode_tok_s": statistics.median(speeds), "decode_tok_s_all": speeds,
         "ms_per_token_p50": percentile(steps_ms, 0.5), "ms_per_token_p99": percentile(steps_ms, 0.99),
         "ttft_s": ttft, "prefill_tok_s": case.batch * case.prompt_length / ttft if ttft else None,
-        "bytes_per_token": system.step_bytes / case.batch, "gb_s": moved / 1e9, "bandwidth_gb_s": bandwidth / 1e9,
-        "bandwidth_pct": 100 * moved / bandwidth, "ours_over_this": statistics.median(ratios),
+        "bytes_per_token": system.step_bytes / case.batch, "gb_s": statistics.median(moved) / 1e9,
+        "bandwidth_gb_s": statistics.median(bandwidths) / 1e9,
+        "bandwidth_pct": statistics.median(100 * m / b for m, b in zip(moved, bandwidths, strict=True)),
+        "ours_over_this": statistics.median(ratios),
         "ours_over_this_all": ratios,
         "ours_over_this_prefill": statistics.median(b.ttft_s / a.ttft_s for a, b in zip(first, runs, strict=True))
         if ttft and first[0].ttft_s else None, **system.facts}
@@ -165,9 +168,11 @@ def row_of(system: System, runs: list[Run], first: list[Run], case: Case, bandwi
 def measure_case(args: Namespace, systems: list[System], case: Case, device: torch.device) -> list[dict]:
     """All rounds of one case: a row per system. A peer that fails on the way is left out, with a line."""
     samples: dict[str, list[Run]] = {system.name: [] for system in systems}
-    bandwidth = machine.measure_bandwidth(device)  # in this run, at both ends of it: not the one remembered
+    bandwidths: dict[str, list[float]] = {system.name: [] for system in systems}
+    probe = machine.bandwidth_probe(device)
     for i in tqdm(range(args.warmup + args.repeats), desc="rounds", leave=False, disable=None):
         for system in [system for system in systems if system.name in samples]:
+            bandwidth = probe(2)
             try:
                 run = system.run()
             except peers.Absent as e:
@@ -176,9 +181,9 @@ def measure_case(args: Namespace, systems: list[System], case: Case, device: tor
                 continue
             if i >= args.warmup:
                 samples[system.name].append(run)
-    bandwidth = max(bandwidth, machine.measure_bandwidth(device))
+                bandwidths[system.name].append(bandwidth)
     first, left = samples[systems[0].name], [system for system in systems if system.name in samples]
-    return [row_of(system, samples[system.name], first, case, bandwidth) for system in left]
+    return [row_of(system, samples[system.name], first, case, bandwidths[system.name]) for system in left]
 
 
 HEADER = (f"{'system':21} {'weights':15} {'tokens':14} {'tok/s (least-most)':>24} {'ms p50 / p99':>16} "

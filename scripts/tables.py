@@ -110,7 +110,8 @@ def starts_table(rows: list[dict]) -> str:
             weights = ours.get("quantization") or ours["dtype"]
             pairs = (f"{ours[f'{what}_cold_s']:.1f} / {ours[f'{what}_warm_s']:.1f} s"
                      for what in ("start", "load", "compile"))
-            peer = next((f"{row['start_warm_s']:.1f} s" for row in case[1:] if "start_warm_s" in row), "")
+            peer = next((f"{row['start_warm_s']:.2f} s" for row in case if row["system"] == "llama.cpp"
+                         and "start_warm_s" in row), "")
             lines[ours["machine"], ours["model"], weights] = " | ".join(
                 [ours["model"], weights, *pairs, peer, ours["machine"], ours["commit"]])
     return table("model | weights | first token, cold / warm | loading | compiling | llama.cpp's | machine | commit",

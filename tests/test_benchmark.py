@@ -21,7 +21,7 @@ from scripts.peers import Case, Run, System
 def quickly(monkeypatch):
     """What is timed is not the matter here: nothing is compiled, and the bandwidth is said to be 10 GB/s."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(benchmark.machine, "measure_bandwidth", lambda _: 1e10)
+    monkeypatch.setattr(benchmark.machine, "bandwidth_probe", lambda _: lambda repeats: 1e10)
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -75,11 +75,11 @@ def test_numbers_of_a_row():
     runs = [Run.at(1.0, [1.5, 1.6, 1.7, 1.8, 2.0]), Run.at(0.0, [0.25, 0.35, 0.45, 0.55, 0.65])]
     system = System("x", lambda: runs[0], 1e6, "bfloat16", None, {"version": "7"})
     slow = [Run(1.0, 1.0), Run(1.0, 1.0)]
-    row = benchmark.row_of(system, slow, runs, case, 1e9)
+    row = benchmark.row_of(system, slow, runs, case, [1e9, 2e9])
     assert row["decode_tok_s"] == row["decode_tok_s_all"][0] == pytest.approx(8.0)  # four steps of two rows in a second
-    assert row["gb_s"] == pytest.approx(4e-3) and row["bandwidth_pct"] == pytest.approx(0.4)
+    assert row["gb_s"] == pytest.approx(4e-3) and row["bandwidth_pct"] == pytest.approx(0.3)  # of 0.4 and 0.2
     assert row["ours_over_this"] == pytest.approx((2.0 + 2.5) / 2) and row["ms_per_token_p50"] is None
-    row = benchmark.row_of(system, runs, runs, case, 1e9)
+    row = benchmark.row_of(system, runs, runs, case, [1e9, 2e9])
     assert row["decode_tok_s"] == pytest.approx((16 + 20) / 2) and row["version"] == "7"
     assert row["ms_per_token_p50"] == pytest.approx(100) and row["ms_per_token_p99"] == pytest.approx(200)
     assert row["ttft_s"] == pytest.approx(0.375) and row["prefill_tok_s"] == pytest.approx(20 / 0.375)
