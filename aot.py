@@ -43,7 +43,7 @@ class Bound(nn.Module):
 
 
 class AheadOfTime:
-    """function(model, tensor, tensor, options), of which it must be compilable, as packages: one for each model, shape
+    """function(model, tensor, tensor, options), of which it must be compilable, as packages: one for each model, shapes
     of the tensors and form of the options (tensors may change their values, anything else makes a package of its own).
 
     Returns a tuple of tensors. CPU only. `settings` are torch._inductor.config's, by name.
@@ -57,12 +57,21 @@ class AheadOfTime:
     def __call__(self, model: nn.Module, first: Tensor, second: Tensor, options: dict) -> tuple[Tensor, ...]:
         tensors = {name: value for name, value in options.items() if isinstance(value, Tensor)}
         fixed = {name: value for name, value in options.items() if name not in tensors}
-        form = first.shape, second.shape, *tensors, *fixed.items()
+        form = first.shape, second.shape, *((name, t.shape) for name, t in tensors.items()), *fixed.items()
         caches, run = self.loaded.setdefault(model, {}).get(form, (None, None))
         if caches is not model.cache_size:  # other buffers than the package was given
             run = load(Bound(self.function, model, fixed), (first, second), tensors, self.settings)
             self.loaded[model][form] = model.cache_size, run
         return tuple(run([first, second, *tensors.values()]))
+
+
+def compiled(function: Callable, device: torch.device, **settings) -> Callable:
+    """function(model, tensor, tensor, options) as one graph for each shape: on a CPU a package that is kept, made with
+    such `settings` of torch._inductor.config; on a GPU a CUDA graph where there are such."""
+    if device.type == "cpu":
+        return AheadOfTime(function, **settings)
+    machine.configure_compiler(device)
+    return torch.compile(function, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
 
 # -- packages ---------------------------------------------------------------------------------------------------------

@@ -53,13 +53,16 @@ class Conversation:
         self.text, self.ids = (self.text[len(self.text) // 2:] if self.messages else "", [])
 
 
-def setup(model: Transformer) -> None:
-    """Caches for a chat, and line editing where the terminal can have it."""
+def setup(model: Transformer, spare: int = 0) -> None:
+    """Caches for a chat, and line editing where the terminal can have it.
+
+    `spare`: positions behind a text that speculation writes too, and that are given up afterwards.
+    """
     if importlib.util.find_spec("readline"):
         importlib.import_module("readline")  # `input` makes use of it once it is there
     length = min(CACHE_LENGTH, model.config.max_seq_len)
     machine.require_memory(model.cache_bytes(length), model.device)
-    model.setup_caches(1, length, REWIND)
+    model.setup_caches(1, length + spare, max(REWIND, spare))
 
 
 def common(a: list[int], b: list[int]) -> int:
@@ -72,8 +75,9 @@ def tell(text: str) -> None:
 
 
 def interact(model: Transformer, conversation: Conversation, reply: Reply, max_new_tokens: int,
-             ask: Callable[[str], str] = input, say: Callable[[str], None] = tell) -> None:
-    """Read turns until the input ends. `reply` writes the answer; `say` is for messages that are not part of it."""
+             ask: Callable[[str], str] = input, say: Callable[[str], None] = tell, spare: int = 0) -> None:
+    """Read turns until the input ends. `reply` writes the answer; `say` is for messages that are not part of it;
+    `spare` as in `setup`."""
     held: list[int] = []  # ids at the positions that the caches hold
     turn = 0
     while (message := read(ask, say)) is not None:
@@ -87,11 +91,11 @@ def interact(model: Transformer, conversation: Conversation, reply: Reply, max_n
         if not ids:
             continue
         room = min(max_new_tokens, model.config.max_seq_len - len(ids))
-        if grow(model, len(ids) + room, say):
+        if grow(model, len(ids) + room, say, spare):
             held = []
         cached = min(common(held, ids), len(ids) - 1)
         # what the device may have read beyond the ids we saw has to be given up as well
-        if not model.rewind(len(held) - cached + machine.read_ahead(model.device)):
+        if not model.rewind(len(held) - cached + spare + machine.read_ahead(model.device) * (1 + spare)):
             cached = 0
         sample = reply(turn, ids, room, cached)
         # the last token has not been read; without one the prompt may be in only some of the layers' caches
@@ -136,15 +140,15 @@ def fit(conversation: Conversation, message: str, wanted: int, limit: int, ask: 
     return text, ids
 
 
-def grow(model: Transformer, length: int, say: Callable[[str], None]) -> bool:
+def grow(model: Transformer, length: int, say: Callable[[str], None], spare: int = 0) -> bool:
     """Longer caches, empty, if a text of `length` needs them."""
-    if length <= model.cache_length:
+    if length <= model.cache_length - spare:
         return False
-    longer = model.cache_length
+    longer = model.cache_length - spare
     while longer < length:
         longer *= 2
     longer = min(longer, model.config.max_seq_len)
     say(f"making room for {longer} tokens: the chat is read again, a compiled step compiled again")
     machine.require_memory(model.cache_bytes(longer), model.device)
-    model.setup_caches(1, longer, REWIND)
+    model.setup_caches(1, longer + spare, max(REWIND, spare))
     return True

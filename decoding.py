@@ -1,38 +1,98 @@
 """The loop that makes tokens: one function, (token, position) -> (next token, next position), compiled whole and called
 once per token; the caches are buffers of the model, written in place.
 
-Glossary: B batch, S tokens in one call.
+With speculation the function takes k more tokens, a draft's, and gives as many of them back as the model agrees with.
+
+Glossary: B batch, S tokens in one call, k drafted tokens, V vocabulary, N candidates left after top-k (V without it),
+D dim.
 """
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import device as machine
-from aot import AheadOfTime
+from aot import compiled
 from errors import UserError
 from model import Transformer
-from sampling import Sampling, sample
+from sampling import Sampling, distribution, draw, sample
+from speculative import Proposal, Speculation, accept, lookup
 
 PREFILL_CHUNK = 512  # tokens in one prefill call: bounds memory for activations and masks
 
 
-# -- the two steps ----------------------------------------------------------------------------------------------------
+# -- the steps --------------------------------------------------------------------------------------------------------
 
-def _step(model: Transformer, tokens: Tensor, positions: Tensor, sampling: dict) -> tuple[Tensor, Tensor]:
-    token = sample(model(tokens.clamp_min(0), positions), **sampling)  # -1 ends a text, but only once it has been read
-    return token, positions[:, -1:] + 1
-
-
-def prefill(model: Transformer, tokens: Tensor, positions: Tensor, sampling: dict) -> tuple[Tensor, Tensor]:
-    """A chunk of a prompt, [B, S] at [B, S] -> (next token, its position), both [B, 1]."""
-    return _step(model, tokens, positions, sampling)
+def _step(model: Transformer, tokens: Tensor, positions: Tensor, options: dict) -> tuple[Tensor, ...]:
+    x = model.hidden(tokens.clamp_min(0), positions)  # -1 ends a text, but only once it has been read
+    token = sample(model.logits(x[:, -1]), options["temperature"], options["top_k"], options["top_p"])
+    return (token, positions[:, -1:] + 1, x) if options.get("hidden") else (token, positions[:, -1:] + 1)
 
 
-def decode(model: Transformer, token: Tensor, position: Tensor, sampling: dict) -> tuple[Tensor, Tensor]:
-    """One token, [B, 1] at [B, 1] -> (next token, its position), both [B, 1]."""
-    return _step(model, token, position, sampling)
+def prefill(model: Transformer, tokens: Tensor, positions: Tensor, options: dict) -> tuple[Tensor, ...]:
+    """A chunk of a prompt, [B, S] at [B, S] -> (next token, its position), both [B, 1].
+
+    options: those of `sample`; with `hidden` there come hidden states too, [B, S, D].
+    """
+    return _step(model, tokens, positions, options)
+
+
+def decode(model: Transformer, token: Tensor, position: Tensor, options: dict) -> tuple[Tensor, ...]:
+    """One token, [B, 1] at [B, 1] -> (next token, its position), both [B, 1]; options as in `prefill`."""
+    return _step(model, token, position, options)
+
+
+def verify(model: Transformer, token: Tensor, position: Tensor, options: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A token [B, 1] at [B, 1] and k drafted ones behind it -> [B, 1 + k + 1], how many tokens count and the tokens
+    (see `speculative.accept`); the last that counts and its position, both [B, 1]; and hidden states [B, k + 1, D].
+
+    options: `drafted` [B, k], perhaps with `probs` and `ids`; `given` [B, k + 1]; `limit` [], the last position that
+    matters; those of `sample`; `synthetic`.
+    """
+    drafted, given = options["drafted"], options["given"]
+    tokens = torch.cat([token, torch.where(given[:, :-1] < 0, drafted, given[:, :-1])], 1).clamp_min(0)
+    x = model.hidden(tokens, position + torch.arange(tokens.shape[1], device=token.device))
+    accepted, count = accept(
+        model.logits(x), Proposal(drafted, options.get("probs"), options.get("ids")), given, options["temperature"],
+        options["top_k"], options["top_p"], options.get("synthetic"))
+    return (torch.cat([count, accepted], 1), accepted.gather(1, count - 1),
+            (position + count).minimum(options["limit"]), x)
+
+
+def propose(model: Transformer, tokens: Tensor, positions: Tensor, options: dict) -> tuple[Tensor, ...]:
+    """A draft's step, [B, S] at [B, S] -> the token that it thinks comes next, [B, 1], unless that was the choice of
+    argmax with the probabilities [B, N] it was drawn from, and with top-k their ids [B, N].
+
+    options: those of `sample`, and `vocab_size` of the model that the tokens are for: families pad tables differently.
+    """
+    return _guess(model(tokens.clamp_min(0), positions), options)
+
+
+def foretell(model: Transformer, hidden: Tensor, positions: Tensor, options: dict) -> tuple[Tensor, ...]:
+    """The same by a model's multi-token head: hidden states [B, S, D] at [B, S] and `tokens` [B, S] behind them -> the
+    head's own [B, 1, D] for place `last` [B, 1] of them, and what `propose` gives. `normed`: hidden is the head's own.
+    """
+    hidden = hidden if options["normed"] else model.norm(hidden)
+    x = model.draft_hidden(hidden, options["tokens"].clamp_min(0), positions)
+    x = x.gather(1, options["last"][..., None].expand(-1, -1, x.shape[-1]))
+    return x, *_guess(model.head(x[:, 0]), options)
+
+
+def _guess(logits: Tensor, options: dict) -> tuple[Tensor, ...]:
+    logits = F.pad(logits, (0, options["vocab_size"] - logits.shape[-1]), value=float("-inf"))
+    if options["temperature"] is None:
+        return (logits.argmax(-1, keepdim=True),)
+    probs, ids = distribution(logits, options["temperature"], options["top_k"], options["top_p"])
+    token = draw(probs)
+    return (token, probs) if ids is None else (ids.gather(1, token), probs, ids)
+
+
+def look_up(model: Transformer, token: Tensor, position: Tensor, options: dict) -> tuple[Tensor, Tensor]:
+    """`speculative.lookup` of options["k"] tokens in the text that the model has read."""
+    return lookup(model.text, token, position, options["k"])
 
 
 @dataclass(frozen=True)
@@ -40,54 +100,60 @@ class Steps:
     """What `generate` calls: eager as they stand, or compiled by `compiled_steps`."""
     prefill: Callable = prefill
     decode: Callable = decode
+    verify: Callable = verify
+    propose: Callable = propose
+    foretell: Callable = foretell
+    look_up: Callable = look_up
 
 
 def compiled_steps(device: torch.device, compile_prefill: bool = False, **settings) -> Steps:
-    """The decode step as one graph, and the prefill step if asked: one for length 1, one for all above.
-
-    On a GPU the decode step becomes a CUDA graph where there are such; on a CPU, a library that is kept for the next
-    process, made with such `settings` of torch._inductor.config.
-    """
-    if compile_prefill or device.type != "cpu":
+    """Each step as one graph, the prefill step only if asked: one for length 1, one for all above. `settings` are those
+    of `aot.compiled`."""
+    if compile_prefill:
         machine.configure_compiler(device)
-    return Steps(
-        prefill=torch.compile(prefill, fullgraph=True, dynamic=True) if compile_prefill else prefill,
-        decode=AheadOfTime(decode, **settings) if device.type == "cpu" else
-        torch.compile(decode, mode="reduce-overhead", fullgraph=True))
+    few = {step.__name__: compiled(step, device, **settings)
+           for step in (decode, verify, propose, foretell, look_up)}
+    return Steps(prefill=torch.compile(prefill, fullgraph=True, dynamic=True) if compile_prefill else prefill, **few)
 
 
 # -- generation -------------------------------------------------------------------------------------------------------
 
 def generate(model: Transformer, prompt: Sequence[int], max_new_tokens: int = 200, sampling: Sampling = Sampling(),
              stop_ids: frozenset[int] = frozenset(), seed: int | None = None, steps: Steps = Steps(),
-             cached: int = 0) -> Iterator[int]:
+             cached: int = 0, speculation: Speculation | None = None) -> Iterator[int]:
     """Yield the ids that continue `prompt`, a stop id included, at most `max_new_tokens`.
 
     `seed` sets torch's default generator, from which tokens are drawn. Caches grow when a longer text is asked for,
     which costs a compilation; `model.setup_caches(1, longest)` beforehand avoids it. The first `cached` tokens of the
     prompt are in the caches already, from a call that began like this one; at least one must not be, and `model.rewind`
-    tells whether what came after them there can be given up.
+    tells whether what came after them there can be given up. `speculation` changes how fast tokens come, and at
+    temperature 0 no token; above, no probability.
     Raises UserError for an empty prompt, ids outside the vocabulary, texts over the model's context, and when the
     weights give logits that are not finite.
     """
-    rows = generate_rows(model, [prompt], max_new_tokens, sampling, stop_ids, seed, steps, cached)
+    rows = generate_rows(model, [prompt], max_new_tokens, sampling, stop_ids, seed, steps, cached, speculation)
     return (token for token, in rows)
 
 
 def generate_rows(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int = 200,
                   sampling: Sampling = Sampling(), stop_ids: frozenset[int] = frozenset(), seed: int | None = None,
-                  steps: Steps = Steps(), cached: int = 0) -> Iterator[list[int | None]]:
+                  steps: Steps = Steps(), cached: int = 0,
+                  speculation: Speculation | None = None) -> Iterator[list[int | None]]:
     """`generate` for several prompts at once: each step yields one id for each row, or None for a row that is still
-    reading its prompt, or has ended.
+    reading its prompt, has ended, or has nothing new yet.
 
-    All rows stand at the same position: the longer prompts read on, a token a step, while the others generate already.
-    Nothing is padded, so no state sees what is not text; prompts of like lengths waste least.
+    All rows begin at the same position: the longer prompts read on, a token a step, while the others generate already.
+    Nothing is padded, so no state sees what is not text; prompts of like lengths waste least. With `speculation` rows
+    advance by as many tokens as stood in each.
     """
-    prepare(model, prompts, max_new_tokens)
-    return _generate(model, prompts, max_new_tokens, sampling, stop_ids, seed, steps, cached)
+    prepare(model, prompts, max_new_tokens, speculation)
+    if speculation is None:
+        return _generate(model, prompts, max_new_tokens, sampling, stop_ids, seed, steps, cached)
+    return _speculate(model, prompts, max_new_tokens, sampling, stop_ids, seed, steps, cached, speculation)
 
 
-def prepare(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def prepare(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+            speculation: Speculation | None = None) -> None:
     """Check that such texts are possible, and make room for them: caches of a power of two, so that growing is rare."""
     config, longest = model.config, max(map(len, prompts))
     if not all(len(prompt) for prompt in prompts):
@@ -103,10 +169,13 @@ def prepare(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens
         raise UserError(f"the prompt has token id {high if low >= 0 else low}; the model's vocabulary is 0 to "
                         f"{config.vocab_size - 1}: tokenizer and model do not belong together")
     rows, have, _ = model.cache_size
-    if rows != len(prompts) or have < length:
-        length = max(have, min(max(256, 1 << (length - 1).bit_length()), config.max_seq_len))
+    spare, rewind = (speculation.spare, speculation.longest) if speculation else (0, 0)
+    if rows != len(prompts) or have < length + spare:
+        length = max(have - spare, min(max(256, 1 << (length - 1).bit_length()), config.max_seq_len))
         machine.require_memory(len(prompts) * model.cache_bytes(length), model.device)
-    model.setup_caches(len(prompts), max(length, have))
+    model.setup_caches(len(prompts), max(length + spare, have), rewind)
+    if speculation:
+        speculation.setup(model)
 
 
 @torch.no_grad()
@@ -127,6 +196,19 @@ def _generate(model, prompts, max_new_tokens, sampling, stop_ids, seed, steps, c
 def _tokens(model, prompts, max_new_tokens, sampling, seed, steps, cached) -> Iterator[Tensor]:
     """The device side, [B, 1] a step: every step is given its inputs before any result has been read."""
     arguments = sampling.arguments(model.config.vocab_size, model.device)
+    token, position, ids = _read(model, prompts, arguments, seed, steps, cached)
+    yield token
+    shortest, longest = min(map(len, prompts)), ids.shape[1]
+    for i in range(shortest, longest + max_new_tokens - 1):
+        if i < longest:  # a longer prompt goes on as it is
+            token = torch.where(ids[:, i:i + 1] < 0, token, ids[:, i:i + 1])
+        token, position = (t.clone() for t in steps.decode(model, token, position, arguments))
+        yield token
+
+
+def _read(model, prompts, arguments, seed, steps, cached, hear: Callable | None = None) -> tuple[Tensor, ...]:
+    """Take in as much as the shortest prompt has: the next token and its position, [B, 1], and all ids, [B, longest]
+    with -1 where a prompt has ended. `hear`, if there is one, is told hidden states, positions and the tokens after."""
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     assert 0 <= cached < shortest, (cached, shortest)
     ids = torch.tensor([[*prompt, *[-1] * (longest - len(prompt))] for prompt in prompts], device=model.device)
@@ -136,13 +218,55 @@ def _tokens(model, prompts, max_new_tokens, sampling, seed, steps, cached) -> It
             torch.manual_seed(seed)
         # copies: a compiled step is specialised on the whole tensor that a view is cut from, and on its strides
         inputs = (t[:, chunk].clone(memory_format=torch.contiguous_format) for t in (ids, positions))
-        token, position = steps.prefill(model, *inputs, arguments)
-    yield token
-    for i in range(shortest, longest + max_new_tokens - 1):
-        if i < longest:  # a longer prompt goes on as it is
-            token = torch.where(ids[:, i:i + 1] < 0, token, ids[:, i:i + 1])
-        token, position = (t.clone() for t in steps.decode(model, token, position, arguments))
-        yield token
+        if hear is None:
+            token, position = steps.prefill(model, *inputs, arguments)
+            continue
+        token, position, hidden = steps.prefill(model, *inputs, arguments | {"hidden": True})
+        after = torch.cat([ids[:, chunk.start + 1:chunk.stop], token], 1) if chunk.stop == shortest else \
+            ids[:, chunk.start + 1:chunk.stop + 1]
+        hear(hidden, positions[:, chunk], after)
+    return token, position, ids
+
+
+@torch.no_grad()
+def _speculate(model, prompts, max_new_tokens, sampling, stop_ids, seed, steps, cached,
+               speculation) -> Iterator[list[int | None]]:
+    lengths = list(map(len, prompts))
+    left, at = [max_new_tokens] * len(prompts), [min(lengths)] * len(prompts)  # position of each row's next token
+    rounds = _rounds(model, prompts, max_new_tokens, sampling, seed, steps, cached, speculation)
+    for number, flat in enumerate(machine.read_late(rounds, model.device)):
+        results = [flat[i:i + len(flat) // len(prompts)] for i in range(0, len(flat), len(flat) // len(prompts))]
+        if number:  # the first is the prompt's own
+            speculation.record([count for (count, *_), n, p, length in zip(results, left, at, lengths, strict=True)
+                                if n and p >= length], min(at))
+        for j in range(max(count for count, *_ in results)):
+            row = [tokens[j] if n and j < count and p + j >= length else None
+                   for (count, *tokens), n, p, length in zip(results, left, at, lengths, strict=True)]
+            if any(token is not None and token < 0 for token in row):
+                raise UserError(f"the logits are not finite: {blame(model)}")
+            if any(token is not None for token in row):
+                yield row
+            left = [0 if token in stop_ids else n - (token is not None) for token, n in zip(row, left, strict=True)]
+            if not any(left):
+                return
+        at = [p + count for p, (count, *_) in zip(at, results, strict=True)]
+
+
+def _rounds(model, prompts, max_new_tokens, sampling, seed, steps, cached, speculation) -> Iterator[Tensor]:
+    """The device side, [B, 1 + n] a round: how many tokens are new, and the tokens. Without end."""
+    arguments = sampling.arguments(model.config.vocab_size, model.device)
+    token, position, ids = _read(model, prompts, arguments, seed, steps, cached, speculation.read)
+    shortest, longest = min(map(len, prompts)), ids.shape[1]
+    speculation.begin(cached, position, shortest, steps)
+    yield torch.cat([torch.ones_like(token), token], 1)
+    limit = torch.tensor(longest + max_new_tokens - 1, device=model.device)
+    if longest > shortest:
+        token = torch.where(ids[:, shortest:shortest + 1] < 0, token, ids[:, shortest:shortest + 1])
+    ids = F.pad(ids, (0, 1), value=-1)
+    for i in itertools.count(shortest + 1):  # where each row is by then at least
+        result, token, position = speculation.round(token, position, ids if i < longest else None, limit, arguments,
+                                                    steps)
+        yield result
 
 
 def chunks(start: int, end: int, block: int) -> Iterator[slice]:

@@ -129,6 +129,19 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def mark(device: torch.device) -> "torch.cuda.Event | float":
+    """A moment in the device's work, for `seconds_between` once that has been done; nothing waits for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(first, second) -> float:
+    return second - first if isinstance(first, float) else first.elapsed_time(second) / 1e3
+
+
 def peak_memory(device: torch.device) -> int | None:
     """Bytes: the most allocated so far on CUDA, allocated now on MPS, the process's largest resident set on a CPU."""
     if device.type == "cuda":

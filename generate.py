@@ -3,6 +3,7 @@
     python generate.py --compile                                      the shipped demo
     python generate.py --compile --checkpoint_path ORG/NAME --prompt "Once upon a time"
     python generate.py --compile --quantize int4                      fewer bytes (or a folder by quantize.py)
+    python generate.py --compile --draft lookup                       several tokens for one read of the weights
     python generate.py --compile --random_weights Llama-3.2-1B --prompt 512
 
 Text goes to stdout, messages and numbers to stderr. As a library:
@@ -26,6 +27,7 @@ import ops
 from checkpoint import resolve_checkpoint
 from config import ModelConfig, Quantization, read_json
 from decoding import Steps, chunks, compiled_steps, generate, prepare
+from drafts import LookupDraft, ModelDraft, SelfDraft, int4_copy, require_same_vocabulary
 from errors import Parser, UserError, run_command
 from families import config_from_dict, config_of_shape
 from loader import load_weights, random_weights
@@ -34,6 +36,7 @@ from model import Transformer
 from packed import map_packed, packed_file, save_packed
 from quantize import quantize_
 from sampling import Sampling
+from speculative import Speculation
 from tokenizer import Stream, Tokenizer, load_tokenizer
 
 DEMO = Path(__file__).parent / "checkpoints" / "demo"
@@ -91,6 +94,31 @@ def load_random(shape: str, device: str = "auto", dtype: str = "auto", seed: int
     return model
 
 
+def load_speculation(draft: str, model: Transformer, tokenizer: Tokenizer | None, length: int | None = None,
+                     synthetic: float | None = None, quantize: str | None = None) -> Speculation:
+    """Speculation for a model that is loaded: `draft` is lookup, self, or the checkpoint of a smaller model with the
+    same vocabulary (without a tokenizer a shape, with random weights), rounded to `quantize` unless it is quantized
+    already. `length` tokens at a time; None: as many as turns out best.
+    """
+    if draft == "lookup":
+        return Speculation(LookupDraft(), draft, length, synthetic)
+    device, dtype = str(model.device), str(model.dtype).removeprefix("torch.")
+    if draft == "self":
+        pack = model.dtype != torch.float32 and ops.packs(model.device.type)
+        return Speculation(SelfDraft(int4_copy(model, pack)), draft, length, synthetic)
+    if tokenizer is None:
+        smaller = load_random(draft, device, dtype, 1, quantize)
+        if smaller.config.vocab_size != model.config.vocab_size:
+            raise UserError(f"--draft {draft} has {smaller.config.vocab_size} tokens, the model "
+                            f"{model.config.vocab_size}; take one with as many")
+    else:
+        folder = resolve_checkpoint(draft)
+        quantized = config_from_dict(read_json(folder / "config.json")).quantization
+        smaller, its = load_model(folder, device, dtype, None if quantized else quantize)
+        require_same_vocabulary(tokenizer, its)
+    return Speculation(ModelDraft(smaller), draft, length, synthetic)
+
+
 # -- one text --------------------------------------------------------------------------------------------------------
 
 def run_sample(model: Transformer, tokenizer: Tokenizer | None, prompt: list[int], write: Callable[[str], None],
@@ -116,7 +144,11 @@ def run_sample(model: Transformer, tokenizer: Tokenizer | None, prompt: list[int
     if stream:
         pieces.append(stream.flush())
         write(pieces[-1])
-    return measure(model, prompt, tokens, "".join(pieces), stop, start, times, options.get("cached", 0))
+    sample = measure(model, prompt, tokens, "".join(pieces), stop, start, times, options.get("cached", 0))
+    if options.get("speculation"):
+        sample.speculation = options["speculation"].statistics.summary()
+        sample.gb_s = None  # weights are read once a round, not once a token
+    return sample
 
 
 # -- command line -----------------------------------------------------------------------------------------------------
@@ -141,6 +173,12 @@ def parser() -> Parser:
     p.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bf16, fp16 or fp32 (default %(default)s)")
     p.add_argument("--threads", type=int, help="on a CPU (default: one for each core)")
     p.add_argument("--quantize", metavar="MODE", help=f"round weights while loading: {', '.join(Quantization.MODES)}")
+    p.add_argument("--draft", "--draft_checkpoint_path", metavar="DRAFT",
+                   help="speculate: lookup (in the text so far), self (the model in int4), or a smaller checkpoint")
+    p.add_argument("--speculate_k", default="auto", metavar="N",
+                   help="tokens drafted at a time, or auto: as many as pay, by measurement (default %(default)s)")
+    p.add_argument("--synthetic_acceptance", type=float, metavar="P",
+                   help="take drafted tokens with this probability, whatever they are: for speed with random weights")
     p.add_argument("--cache_packed", action="store_true",
                    help="keep quantized weights beside the checkpoint as a CPU reads them; later starts map that file")
     p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one more, uncounted, short run")
@@ -168,7 +206,23 @@ def load(args) -> tuple[Transformer, Tokenizer | None, list[int]]:
     return model, None, torch.randint(model.config.vocab_size, (count,), generator=generator).tolist()
 
 
-def compile_steps(args, model: Transformer, sampling: Sampling, length: int = 2) -> tuple[Steps, float]:
+def speculate(args, model: Transformer, tokenizer: Tokenizer | None) -> Speculation | None:
+    """What the options ask for."""
+    if args.draft is None:
+        for name in ("speculate_k", "synthetic_acceptance"):
+            if getattr(args, name) != parser().get_default(name):
+                raise UserError(f"--{name} is for --draft; give both")
+        return None
+    if args.speculate_k != "auto" and not args.speculate_k.isdecimal():
+        raise UserError(f"--speculate_k is {args.speculate_k!r}; allowed: a number of tokens, or auto")
+    if args.synthetic_acceptance is not None and args.random_weights is None:
+        raise UserError("--synthetic_acceptance takes tokens that the model would not; it is for --random_weights")
+    length = None if args.speculate_k == "auto" else int(args.speculate_k)
+    return load_speculation(args.draft, model, tokenizer, length, args.synthetic_acceptance, args.quantize)
+
+
+def compile_steps(args, model: Transformer, sampling: Sampling, length: int = 2,
+                  speculation: Speculation | None = None) -> tuple[Steps, float]:
     """Compile and warm up, so that no prompt of `length` tokens pays for it; the steps and the seconds it took."""
     if not (args.compile or args.compile_prefill):
         return Steps(), 0.0
@@ -178,11 +232,19 @@ def compile_steps(args, model: Transformer, sampling: Sampling, length: int = 2)
     start, steps = time.perf_counter(), compiled_steps(model.device, args.compile_prefill)
     sizes = {c.stop - c.start for c in chunks(0, length, model.block)} if model.block else set()
     for size in {2, 1, *sizes} if args.compile_prefill else {2}:
-        tokens = min(1 + machine.warm_up_calls(model.device), model.config.max_seq_len - size)
-        for _ in generate(model, [0] * size, tokens, sampling, steps=steps):
-            pass
+        warm_up(model, steps, sampling, size, speculation)
     machine.synchronize(model.device)
     return steps, time.perf_counter() - start
+
+
+def warm_up(model: Transformer, steps: Steps, sampling: Sampling, size: int = 2,
+            speculation: Speculation | None = None) -> None:
+    """Run every step on a prompt of `size` tokens until it runs as it will."""
+    for drafted in speculation.each_length() if speculation else [0]:
+        tokens = 1 + machine.warm_up_calls(model.device) * (drafted + 1)
+        for _ in generate(model, [0] * size, min(tokens, model.config.max_seq_len - size), sampling, steps=steps,
+                          speculation=speculation):
+            pass
 
 
 def profile(path: str, model: Transformer, prompt: list[int], **options) -> None:
@@ -199,17 +261,20 @@ def write_text(text: str) -> None:
 
 def talk(args, model: Transformer, tokenizer: Tokenizer, sampling: Sampling) -> int:
     """--interactive: each reply one sample, the numbers of each to stderr."""
-    chat.setup(model)
-    steps, _ = compile_steps(args, model, sampling)
+    speculation = speculate(args, model, tokenizer)
+    spare = speculation.spare if speculation else 0
+    chat.setup(model, spare)
+    steps, _ = compile_steps(args, model, sampling, speculation=speculation)
 
     def reply(turn: int, prompt: list[int], max_new_tokens: int, cached: int) -> Sample:
         sample = run_sample(model, tokenizer, prompt, write_text, echo=False, max_new_tokens=max_new_tokens,
-                            sampling=sampling, steps=steps, seed=args.seed + turn, cached=cached)
+                            sampling=sampling, steps=steps, seed=args.seed + turn, cached=cached,
+                            speculation=speculation)
         write_text("\n")
         print(describe(sample), file=sys.stderr)
         return sample
 
-    chat.interact(model, chat.Conversation(tokenizer), reply, args.max_new_tokens)
+    chat.interact(model, chat.Conversation(tokenizer), reply, args.max_new_tokens, spare=spare)
     return 0
 
 
@@ -227,12 +292,13 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(machine.choose_threads(args.threads))
     start = time.perf_counter()
     model, tokenizer, prompt = load(args)
-    load_s = time.perf_counter() - start
     if args.interactive:
         return talk(args, model, tokenizer, sampling)
-    prepare(model, [prompt], args.max_new_tokens)  # before anything is compiled, which depends on the caches' size
-    steps, compile_s = compile_steps(args, model, sampling, len(prompt))
-    options = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, steps=steps)
+    speculation = speculate(args, model, tokenizer)
+    load_s = time.perf_counter() - start
+    prepare(model, [prompt], args.max_new_tokens, speculation)  # compiled steps depend on the caches' size
+    steps, compile_s = compile_steps(args, model, sampling, len(prompt), speculation)
+    options = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, steps=steps, speculation=speculation)
     samples = []
     for i in range(args.num_samples):
         samples.append(run_sample(model, tokenizer, prompt, write_text, seed=args.seed + i, **options))

@@ -48,6 +48,27 @@ def describe(sample: Sample) -> str:
             f"({sample.prefill_tok_s:.0f} tok/s); {len(sample.tokens)} new ({sample.stop})")
     if sample.decode_tok_s is None:
         return text
+    if sample.speculation:
+        return f"{text}, {sample.decode_tok_s:.1f} tok/s, {sample.ms_per_token:.2f} ms/token; " \
+               f"{describe_speculation(sample.speculation)}"
     share = "" if sample.bandwidth_pct is None else f" = {sample.bandwidth_pct:.0f} % of bandwidth"
     return (f"{text}, {sample.decode_tok_s:.1f} tok/s, {sample.ms_per_token:.2f} ms/token; "
             f"{sample.bytes_per_token / 1e6:.1f} MB/token, {sample.gb_s:.1f} GB/s{share}")
+
+
+def describe_speculation(s: dict) -> str:
+    """`speculative.Statistics.summary`, for people."""
+    if not s["rounds"]:
+        return f"{s['draft']}: never drafted, {s['plain_steps']} plain steps"
+    acceptance = "none" if s["acceptance"] is None else f"{100 * s['acceptance']:.0f} %"
+    if s["synthetic_acceptance"] is not None:
+        acceptance += " (synthetic: no claim about any text)"
+    places = " ".join("-" if a is None else f"{100 * a:.0f}" for a in s["acceptance_by_position"])
+    text = (f"{s['draft']}: {s['tokens_per_round']:.2f} tokens a round of {s['drafted_per_round']:.1f} drafted, "
+            f"{acceptance} stood (by place: {places}); {s['rounds']} rounds of {s['draft_ms']:.2f} ms to draft and "
+            f"{s['verify_ms']:.2f} to verify")
+    if s["plain_ms"] is None:
+        return text
+    even = s["break_even_acceptance"]
+    return (f"{text}, {s['plain_steps']} plain steps of {s['plain_ms']:.2f} ms; worth it "
+            f"{'at no acceptance' if even is None else f'from {100 * even:.0f} % on'}")

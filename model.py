@@ -238,6 +238,7 @@ class Transformer(nn.Module):
         self.output = Linear(config.dim, config.vocab_size)
         self.first = {kind: config.layer_types.index(kind) for kind in config.layer_types}  # a layer of each kind
         self.cache_size = (0, 0, 0)  # batch, positions, rewind; a new object whenever there are new buffers
+        self.register_buffer("text", None, persistent=False)  # [B, L], the token at each position
         self.settle(torch.float32)
 
     def settle(self, dtype: torch.dtype) -> None:
@@ -269,12 +270,14 @@ class Transformer(nn.Module):
         """Static caches for `batch` rows of `length` positions; a no-op if those in place are large enough.
 
         A call may start up to `rewind` positions before the end of the last one (and anywhere, if all layers see all).
+        Who gives up what was read may also ask what it was: with `rewind`, `text` holds the tokens.
         """
         have = self.cache_size
         if have[0] == batch and have[1] >= length and have[2] >= rewind:
             return
         for layer in self.layers:
             layer.attention.setup_cache(batch, length, rewind, self.dtype, self.device)
+        self.text = torch.zeros(batch, length, dtype=torch.int64, device=self.device) if rewind else None
         self.cache_size = (batch, length, rewind)
 
     def rewind(self, n: int) -> bool:
@@ -295,6 +298,8 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The last block's output for every token, [B, S, D]."""
+        if self.text is not None:
+            self.text.scatter_(1, positions, tokens)
         calls = {kind: self.layers[i].attention.prepare(positions) for kind, i in self.first.items()}
         x = self.embed(tokens)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):

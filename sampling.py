@@ -75,17 +75,24 @@ def distribution(logits: Tensor, temperature: Tensor, top_k: int | None,
     return probs, ids
 
 
+def draw(weights: Tensor) -> Tensor:
+    """The index of one of weights [B, N], each with probability in proportion to its weight, [B, 1].
+
+    argmax(w / e) with e ~ Exp(1): no sync, no cumulative sum (the exponential form of the Gumbel-max trick).
+    """
+    noise = torch.empty_like(weights).exponential_().clamp_min(torch.finfo(torch.float32).tiny)
+    return (weights / noise).argmax(-1, keepdim=True)
+
+
 def sample(logits: Tensor, temperature: Tensor | None, top_k: int | None = None, top_p: Tensor | None = None) -> Tensor:
     """Logits [B, V] to one token id a row, [B, 1]; -1 in a row whose logits are not all finite.
 
-    temperature None is argmax. Otherwise argmax(p / e) with e ~ Exp(1), which draws from p without a sync or a
-    cumulative sum (the exponential form of the Gumbel-max trick). Uses the device's default generator.
+    temperature None is argmax. Otherwise a draw from the distribution, with the device's default generator.
     """
     if temperature is None:
         token = logits.argmax(-1, keepdim=True)
     else:
         probs, ids = distribution(logits, temperature, top_k, top_p)
-        noise = torch.empty_like(probs).exponential_().clamp_min(torch.finfo(torch.float32).tiny)
-        token = (probs / noise).argmax(-1, keepdim=True)
+        token = draw(probs)
         token = token if ids is None else ids.gather(-1, token)
     return torch.where(logits.isfinite().all(-1, keepdim=True), token, -1)

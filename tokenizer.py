@@ -26,6 +26,7 @@ class JsonTokenizer:
             self.library = Library.from_file(str(path))
         except Exception as e:  # the library raises nothing narrower
             raise UserError(f"{path} is not a tokenizer ({str(e).splitlines()[0]}); download it again") from None
+        self.vocab_size = self.library.get_vocab_size()
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
         """Special tokens in the text count as such; `begin`: with what the tokenizer sets before and behind a text."""
@@ -36,6 +37,10 @@ class JsonTokenizer:
 
     def token_id(self, token: str) -> int | None:
         return self.library.token_to_id(token)
+
+    def piece(self, token: int) -> str | None:
+        """A token as the vocabulary has it; None if it has no such."""
+        return self.library.id_to_token(token)
 
 
 class SentencePieceTokenizer:
@@ -69,6 +74,9 @@ class SentencePieceTokenizer:
     def token_id(self, token: str) -> int | None:
         i = self.library.piece_to_id(token)
         return None if i == self.library.unk_id() else i
+
+    def piece(self, token: int) -> str | None:
+        return self.library.id_to_piece(token) if token < self.vocab_size else None
 
 
 Tokenizer = JsonTokenizer | SentencePieceTokenizer

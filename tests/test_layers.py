@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-RANKS = [["errors"], ["config", "sampling", "device"], ["ops", "aot"],
+RANKS = [["errors"], ["config", "sampling", "device"], ["ops", "aot", "speculative"],
          ["families", "tokenizer", "rounding", "checkpoint"], ["loader", "layers", "packed"], ["linear_attention"],
-         ["model"], ["metrics", "calibration", "decoding"], ["chat", "quantize"], ["generate"], ["scripts"]]
+         ["model"], ["metrics", "calibration", "decoding"], ["chat", "quantize"], ["drafts"],
+         ["generate"], ["scripts"]]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 FILES = sorted(p for p in (*ROOT.glob("*.py"), *ROOT.glob("ops/*.py"), *ROOT.glob("scripts/*.py")))
 

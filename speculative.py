@@ -1,0 +1,389 @@
+"""Speculative decoding: cheap guesses, checked by the model several at a time, and no token changed by it.
+
+A draft proposes k tokens; one call of the model over all of them costs little more than one over a single token, since
+both read every weight once. What the model would not have said is given up.
+
+Glossary: B batch, k drafted tokens, V vocabulary, N candidates left after top-k (V without it).
+"""
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+import device as machine
+from errors import UserError
+from sampling import distribution, draw
+
+LONGEST = 15  # drafted tokens: with the one before them the 16 rows that kernels for few rows take
+
+
+# -- checking ---------------------------------------------------------------------------------------------------------
+
+class Proposal(NamedTuple):
+    """What a draft thinks comes next."""
+    tokens: Tensor  # [B, k]; -1: nothing
+    probs: Tensor | None = None  # [B, k, N] float32, what each was drawn from; None: it was not drawn, but chosen
+    ids: Tensor | None = None  # [B, k, N], the tokens these belong to; None: index is id
+
+
+def accept(logits: Tensor, proposal: Proposal, given: Tensor, temperature: Tensor | None, top_k: int | None = None,
+           top_p: Tensor | None = None, synthetic: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """How much of a proposal stands: tokens [B, k + 1], -1 after the last that counts, and how many count, [B, 1].
+
+    logits [B, k + 1, V]: the model's, before each drafted token and after the last. At least one token counts: the last
+    one is the model's own, in place of the first that was refused or behind them all. At temperature 0 they are what
+    argmax would have given one by one, and else have exactly the distribution that sampling one by one has: d is taken
+    with probability min(1, p(d) / q(d)), and a refused one replaced by a draw from what p has more than q (Leviathan et
+    al. 2023, arXiv 2211.17192). `given` [B, k + 1]: tokens that are known already, since a prompt holds them; -1 none.
+    Where logits are not finite the token is -1, and counts. `synthetic`, for random weights: take each drafted token
+    with this probability, whatever it is.
+    """
+    k, finite = given.shape[1] - 1, logits.isfinite().all(-1)  # [B, k + 1]
+    drafted = torch.where(given[:, :k] < 0, proposal.tokens, given[:, :k])
+    if temperature is None:
+        own = torch.where(given < 0, torch.where(finite, logits.argmax(-1), -1), given)
+        stands = (drafted == own[:, :k]) & (own[:, :k] >= 0)
+        stands = stands if synthetic is None else synthetic_choice(synthetic, drafted)
+        count = 1 + stands.cumprod(1).sum(1, keepdim=True)
+        last = own.gather(1, count - 1)
+    else:
+        p, ids = distribution(logits.flatten(0, 1), temperature, top_k, top_p)
+        p, ids = p.unflatten(0, (-1, k + 1)), None if ids is None else ids.unflatten(0, (-1, k + 1))
+        drawn = proposal.probs is not None
+        wanted = mass(p[:, :k], None if ids is None else ids[:, :k], drafted)
+        offered = mass(proposal.probs, proposal.ids, drafted) if drawn else 1.0
+        stands = (torch.rand_like(wanted) * offered < wanted) & finite[:, :k]
+        stands = stands if synthetic is None else synthetic_choice(synthetic, drafted)
+        stands = stands | (given[:, :k] >= 0)
+        count = 1 + stands.cumprod(1).sum(1, keepdim=True)
+        n = count - 1  # the one to be drawn
+        left = dense(*row(p, ids, n), logits.shape[-1])
+        if k:
+            refused = n.clamp_max(k - 1)
+            probs, at = row(proposal.probs, proposal.ids, refused) if drawn else (
+                (drafted.gather(1, refused) >= 0).float(), drafted.gather(1, refused).clamp_min(0))
+            more = (left - dense(probs, at, logits.shape[-1])).clamp_min(0)
+            # p = q leaves nothing, up to rounding, and is then not refused, up to rounding
+            left = torch.where((n < k) & (more.sum(-1, keepdim=True) > 0), more, left)
+        last = torch.where(finite.gather(1, n), draw(left), -1)
+        last = torch.where(given.gather(1, n) < 0, last, given.gather(1, n))
+    places = torch.arange(k + 1, device=logits.device)
+    tokens = torch.where(places < count - 1, torch.cat([drafted, last], 1), -1)
+    return torch.where(places == count - 1, last, tokens), count
+
+
+def synthetic_choice(probability: Tensor, drafted: Tensor) -> Tensor:
+    return (torch.rand(drafted.shape, device=drafted.device) < probability) & (drafted >= 0)
+
+
+def mass(probs: Tensor, ids: Tensor | None, tokens: Tensor) -> Tensor:
+    """The probability of tokens [B, k] under distributions [B, k, N]; of -1 none."""
+    if ids is None:
+        found = probs.gather(-1, tokens.clamp_min(0)[..., None])[..., 0]
+        return torch.where(tokens < 0, 0.0, found)
+    return torch.where(ids == tokens[..., None], probs, 0.0).sum(-1)
+
+
+def row(probs: Tensor, ids: Tensor | None, n: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Distribution n [B, 1] of [B, k, N], as [B, N] and ids."""
+    def one(x: Tensor) -> Tensor:
+        return x.gather(1, n[..., None].expand(-1, -1, x.shape[-1]))[:, 0]
+    return one(probs), None if ids is None else one(ids)
+
+
+def dense(probs: Tensor, ids: Tensor | None, size: int) -> Tensor:
+    """A distribution [B, N] over ids [B, N] as one over the whole vocabulary, [B, V]."""
+    return probs if ids is None else probs.new_zeros(len(probs), size).scatter(1, ids, probs)
+
+
+# -- a draft without a model ------------------------------------------------------------------------------------------
+
+NGRAM = 4  # tokens that are looked up; a longer match says little more
+
+
+def lookup(text: Tensor, token: Tensor, position: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What came after the last tokens when they stood in the text before (Saxena 2023, prompt lookup decoding).
+
+    text [B, L] holds the tokens at [0, position), token [B, 1] stands at position [B, 1]. The latest of the longest
+    matches counts; where it reaches the end of the text it is taken to repeat. Returns tokens [B, k], -1 where nothing
+    was found, and how many tokens matched, [B, 1], at most NGRAM.
+    """
+    slots = torch.arange(text.shape[1], device=text.device)
+    text = torch.where(slots == position, token, text)
+    same, length = slots < position, torch.zeros_like(text)
+    for i in range(NGRAM):
+        last = text.gather(1, (position - i).clamp_min(0))
+        same = same & (slots >= i) & (text.roll(i, 1) == last)
+        length = length + same
+    best = (length * len(slots) + slots).argmax(1, keepdim=True)
+    found = length.gather(1, best)
+    period = (position - best).clamp_min(1)
+    after = best + 1 + torch.arange(k, device=text.device) % period
+    return torch.where(found > 0, text.gather(1, after.clamp_max(len(slots) - 1)), -1), found
+
+
+# -- how many tokens to draft -----------------------------------------------------------------------------------------
+
+class Pace:
+    """Chooses the number of tokens to draft, 0 for a plain step, by what they were worth lately.
+
+    Worth is tokens per second: those that are expected, from the share of drafted ones that stood at each place and
+    likeness of the draft to the text (`strength`), over measured times. A text that does not accept costs little
+    whatever the estimates say: time lost to speculation is a debt, which only plain steps pay off, at PAID of each.
+    """
+
+    PAID, CREDIT, LIMIT = 0.02, 2.0, 1.5  # of a plain step's time: what one pays off; savings kept; the largest debt
+    MEASURED, STALE = 3, 64  # plain steps at first; rounds without one, after which their time is measured anew
+    MEMORY = 0.9  # of older rounds in the shares
+    UNKNOWN = 0.5, 1.0  # the share where nothing is known yet, and how much that weighs
+    GAIN = 1.02  # what speculation must promise
+
+    def __init__(self, choices: tuple[int, ...]) -> None:
+        self.choices, self.debt, self.since = choices, 0.0, 0
+        self.times: dict[int, deque[float]] = {}
+        self.shares: dict[int, list[list[float]]] = {}  # strength -> [stood, proposed] by place
+
+    def time(self, k: int) -> float:
+        """Seconds of a round, from the last of its kind; from the nearest kind's where there was none."""
+        if k in self.times:
+            return statistics.median(self.times[k])
+        plain, known = self.time(0), [n for n in self.times if n]
+        if not known:
+            return plain * (1 + 0.05 * k)
+        nearest = min(known, key=lambda n: abs(n - k))
+        return plain + (self.time(nearest) - plain) * k / nearest
+
+    def expected(self, k: int, strength: int) -> float:
+        """Tokens of a round. Of places never drafted so far the best guess is the share of those before them."""
+        total, chance, shares = 1.0, 1.0, self.shares.get(strength) or [self.UNKNOWN]
+        for place in range(k):
+            stood, proposed = shares[min(place, len(shares) - 1)]
+            chance *= stood / proposed
+            total += chance
+        return total
+
+    def choose(self, strength: int = 0) -> int:
+        """How many tokens to draft now; `strength`: what the draft thinks of itself, 0 where it cannot tell."""
+        if len(self.times.get(0, ())) < self.MEASURED or self.since >= self.STALE:
+            return 0
+        plain = self.time(0)
+        best = max(self.choices, key=lambda k: self.expected(k, strength) / self.time(k))
+        worth = self.expected(best, strength) / self.time(best) * plain
+        if worth > self.GAIN and self.debt < self.LIMIT * plain:
+            return best
+        return min(self.choices) if self.debt <= 0 else 0
+
+    def record(self, k: int, seconds: float, counts: list[int], strength: int = 0) -> None:
+        """A round that took so long and gave each row so many tokens."""
+        times = self.times.setdefault(k, deque(maxlen=7))
+        times.append(seconds)
+        plain = self.time(0) if 0 in self.times else seconds
+        if k == 0:
+            self.since, self.debt = 0, max(self.debt - self.PAID * plain, min(self.debt, 0))
+            return
+        self.since += 1
+        lost = min(seconds, 2 * self.time(k)) - statistics.mean(counts) * plain
+        self.debt = max(self.debt + lost, -self.CREDIT * plain)
+        shares = self.shares.setdefault(strength, [])
+        shares.extend([*(shares or [self.UNKNOWN])[-1]] for _ in range(k - len(shares)))
+        for place, share in enumerate(shares):
+            reached = sum(count > place for count in counts)
+            if place >= k:  # not drafted now: what was found there once gives way to the share before it
+                seen = shares[k - 1][0] / shares[k - 1][1]
+            elif reached:
+                seen = sum(count > place + 1 for count in counts) / reached
+            else:
+                continue
+            share[:] = self.MEMORY * share[0] + seen, self.MEMORY * share[1] + 1
+
+
+# -- what came of it --------------------------------------------------------------------------------------------------
+
+@dataclass
+class Statistics:
+    """Counts and seconds of one text, or of a batch of them."""
+    draft: str
+    synthetic: float | None = None
+    rounds: int = 0  # with something drafted
+    plain_steps: int = 0
+    tokens: float = 0  # of rounds, a row
+    proposed: list[int] = field(default_factory=list)  # by place: rounds that came as far, in which all before stood
+    stood: list[int] = field(default_factory=list)
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    plain_s: float = 0.0
+    drafted: int = 0  # tokens, a row
+
+    def record(self, k: int, counts: list[int], draft_s: float, model_s: float) -> None:
+        if k == 0:
+            self.plain_steps, self.plain_s = self.plain_steps + 1, self.plain_s + model_s
+            return
+        self.rounds, self.drafted = self.rounds + 1, self.drafted + k
+        self.tokens += statistics.mean(counts)
+        self.draft_s, self.verify_s = self.draft_s + draft_s, self.verify_s + model_s
+        for counted in (self.proposed, self.stood):
+            counted.extend([0] * (k - len(counted)))
+        for place in range(k):
+            self.proposed[place] += sum(count > place for count in counts)
+            self.stood[place] += sum(count > place + 1 for count in counts)
+
+    def summary(self) -> dict:
+        """The numbers of --json; times are means, per round or plain step."""
+        rounds, k = self.rounds, self.drafted / self.rounds if self.rounds else 0.0
+        verify, plain = (s / n if n else None for s, n in ((self.verify_s, rounds), (self.plain_s, self.plain_steps)))
+        draft = self.draft_s / rounds if rounds else None
+        return {
+            "draft": self.draft, "synthetic_acceptance": self.synthetic, "rounds": rounds,
+            "plain_steps": self.plain_steps, "drafted_per_round": k,
+            "tokens_per_round": self.tokens / rounds if rounds else None,
+            "acceptance": sum(self.stood) / sum(self.proposed) if any(self.proposed) else None,
+            "acceptance_by_position": [s / p if p else None for s, p in zip(self.stood, self.proposed, strict=True)],
+            "draft_ms": None if draft is None else 1e3 * draft, "verify_ms": None if verify is None else 1e3 * verify,
+            "plain_ms": None if plain is None else 1e3 * plain,
+            "break_even_acceptance": break_even(k, (draft + verify) / plain) if rounds and plain else None}
+
+
+def break_even(k: float, cost: float) -> float | None:
+    """The share a of drafted tokens that must stand, each given those before it, for a round of k that costs so many
+    plain steps to be worth it: 1 + a + ... + a^k = cost. None: no share is enough."""
+    if cost > k + 1:
+        return None
+    low, high = 0.0, 1.0
+    while high - low > 1e-6:
+        a = (low + high) / 2
+        low, high = (low, a) if (1 - a ** (k + 1)) / (1 - a) > cost else (a, high)
+    return low
+
+
+# -- the whole --------------------------------------------------------------------------------------------------------
+
+class Draft(Protocol):
+    """Something that proposes tokens."""
+    choices: tuple[int, ...]  # how many at a time, where `Pace` decides
+    hears: bool  # whether `hear` is to be called, and for pieces of a prompt `read`, which needs no `count`
+
+    def setup(self, model, longest: int) -> None:
+        """Make room for texts as long as the caches of `model` (which may be new) hold, and proposals of `longest`."""
+
+    def begin(self, cached: int, position: Tensor, start: int, steps) -> None:
+        """A text of which `model` has read all before `position` [B, 1], which is `start`; the first `cached` tokens
+        as in the last text."""
+
+    def look(self, token: Tensor, position: Tensor, steps) -> int:
+        """How promising it is to propose something after `token` at `position`, both [B, 1]: below 0 not at all, and
+        above it as some rising number; 0 where there is no telling."""
+
+    def propose(self, k: int, token: Tensor, position: Tensor, given: Tensor | None, options: dict, steps) -> Proposal:
+        """The next k tokens; `given` [B, k + 1] those that are known, or -1; `options` those of `sample`."""
+
+    def skip(self) -> None:
+        """A token was read without anything proposed."""
+
+    def hear(self, hidden: Tensor, positions: Tensor, tokens: Tensor, count: Tensor) -> None:
+        """The model's hidden states [B, S, D] at positions [B, S], the tokens [B, S] behind each, and how many of these
+        count, [B, 1]."""
+
+    def record(self, start: int) -> None:
+        """It turned out that the text goes up to `start` at least."""
+
+
+class Speculation:
+    """A draft, how many tokens it is asked for, and what came of it; for one text after another.
+
+    `length`: that many, or None for what `Pace` finds best. `synthetic`: see `accept`.
+    """
+
+    def __init__(self, draft: Draft, name: str, length: int | None = None, synthetic: float | None = None) -> None:
+        if length is not None and not 1 <= length <= LONGEST:
+            raise UserError(f"--speculate_k is {length}; allowed: 1 to {LONGEST}, or auto")
+        if synthetic is not None and not 0 <= synthetic <= 1:
+            raise UserError(f"--synthetic_acceptance is {synthetic}; allowed: 0 to 1")
+        self.draft, self.name, self.length, self.synthetic = draft, name, length, synthetic
+        self.forced: int | None = None  # in place of `length` and `Pace`
+        self.pace = Pace(draft.choices if length is None else (length,))
+        self.longest = max(self.pace.choices)  # as many positions may be given up after a round
+        self.spare = self.longest + 1  # positions behind a text that are written nevertheless
+        self.statistics = Statistics(name, synthetic)
+        self.issued: deque[tuple] = deque()  # rounds whose results have not been read
+
+    def setup(self, model) -> None:
+        self.model = model
+        self.draft.setup(model, self.longest)
+
+    def begin(self, cached: int, position: Tensor, start: int, steps) -> None:
+        """See `Draft`."""
+        self.statistics = Statistics(self.name, self.synthetic)
+        self.issued.clear()
+        self.nothing = torch.full((len(position), self.longest + 1), -1, device=position.device)
+        self.rate = None if self.synthetic is None else torch.tensor(self.synthetic, device=position.device)
+        self.draft.begin(cached, position, start, steps)
+
+    @property
+    def read(self) -> Callable | None:
+        """What is to be told of a prompt's hidden states, positions and the tokens after, if anything is."""
+        return self.draft.read if self.draft.hears else None
+
+    def round(self, token: Tensor, position: Tensor, ids: Tensor | None, limit: Tensor, options: dict,
+              steps) -> tuple[Tensor, Tensor, Tensor]:
+        """Draft and check, or a plain step: [B, 1 + n], how many tokens are new and the tokens; the last of them and
+        its position. `ids` [B, longest + 1] are prompts, padded with -1, if not all have been read; `limit` [], the
+        last position that matters, at which rows wait."""
+        start = drafted = machine.mark(token.device)
+        strength = self.draft.look(token, position, steps)
+        k = self.choose(strength)
+        given, at = None if ids is None else upcoming(ids, position, k + 1), position
+        if k == 0:
+            options = options | {"hidden": True} if self.draft.hears else options
+            token, position, *hidden = (t.clone() for t in steps.decode(self.model, token, position, options))
+            token = token if given is None else torch.where(given < 0, token, given)
+            result, position = torch.cat([torch.ones_like(token), token], 1), position.minimum(limit)
+            self.draft.skip()
+        else:
+            proposal = self.draft.propose(k, token, position, given, options, steps)
+            drafted = machine.mark(token.device)
+            more = {"drafted": proposal.tokens, "probs": proposal.probs, "ids": proposal.ids, "limit": limit,
+                    "given": self.nothing[:, :k + 1].clone() if given is None else given, "synthetic": self.rate}
+            options = options | {name: value for name, value in more.items() if value is not None}
+            result, token, position, *hidden = (t.clone() for t in steps.verify(self.model, token, position, options))
+        if self.draft.hears:
+            self.draft.hear(*hidden, at + torch.arange(k + 1, device=at.device), result[:, 1:], result[:, :1])
+        self.issued.append((k, max(strength, 0), start, drafted, machine.mark(token.device)))
+        return result, token, position
+
+    def each_length(self) -> Iterator[int]:
+        """Every number of drafted tokens that may be chosen, and while it is the current one no other is: so all steps
+        can be compiled and run before they count. What was measured is forgotten."""
+        try:
+            for k in (0, *self.pace.choices):
+                self.forced = k
+                yield k
+        finally:
+            self.forced, self.pace = None, Pace(self.pace.choices)
+
+    def choose(self, strength: int) -> int:
+        if self.forced is not None:
+            return self.forced
+        if len(self.pace.times.get(0, ())) < self.pace.MEASURED:
+            return 0  # what plain steps take is also what tells whether the rest was worth it
+        if self.length is not None:
+            return self.length
+        return 0 if strength < 0 else self.pace.choose(strength)
+
+    def record(self, counts: list[int], start: int) -> None:
+        """The oldest round's new tokens in each row that is of interest; the text now goes up to `start` at least."""
+        k, strength, begun, drafted, done = self.issued.popleft()
+        draft_s, model_s = machine.seconds_between(begun, drafted), machine.seconds_between(drafted, done)
+        self.draft.record(start + min(counts, default=0))
+        if counts:
+            self.pace.record(k, draft_s + model_s, counts, strength)
+            self.statistics.record(k, counts, draft_s, model_s)
+
+
+def upcoming(ids: Tensor, position: Tensor, n: int) -> Tensor:
+    """What prompts ids [B, longest + 1], padded with -1 at least once, hold after position [B, 1]: [B, n]."""
+    after = position + torch.arange(1, n + 1, device=ids.device)
+    return ids.gather(1, after.clamp_max(ids.shape[1] - 1))
