@@ -20,8 +20,12 @@ NAMES: dict[str, list[list[str]]] = {
     r"tok_embeddings.weight": [["model.embed_tokens.weight"]],
     r"output.weight": [["lm_head.weight"]],
     r"norm.weight": [["model.norm.weight"]],
+    "mtp.fc.weight": [["mtp.fc.weight"]],
+    "mtp.norm_e.weight": [["mtp.pre_fc_norm_embedding.weight"]],
+    "mtp.norm_h.weight": [["mtp.pre_fc_norm_hidden.weight"]],
+    "mtp.norm.weight": [["mtp.norm.weight"]],
 }
-BLOCK_NAMES: dict[str, list[list[str]]] = {  # behind layers.N. on both sides
+BLOCK_NAMES: dict[str, list[list[str]]] = {  # behind layers.N. on both sides, or mtp.block. on ours
     "attention_norm.weight": [["input_layernorm.weight"]],
     "scalar": [["layer_scalar"]],
     "attention_post_norm.weight": [["post_attention_layernorm.weight"]],
@@ -67,11 +71,12 @@ BLOCK_NAMES: dict[str, list[list[str]]] = {  # behind layers.N. on both sides
     "feed_forward.experts.w13.weight": [["experts.gate_up_proj"]],
     "feed_forward.experts.w2.weight": [["experts.down_proj"]],
 }
-# The text half of a model that also sees or hears stands under one of these; its other halves, the heads that draft
-# further tokens, and tables that are recomputed from the config are not read.
+# The text half of a model that also sees or hears stands under one of these; its other halves and tables that are
+# recomputed from the config are not read, and the head that drafts further tokens only if it is asked for.
 PREFIX = re.compile(r"(model\.language_model\.|language_model\.model\.|language_model\.(?=lm_head\.))")
 SKIPPED = re.compile(r"(model\.)?(visual|vision_tower|vision_model|vision_embedder|audio_tower|audio_model|"
-                     r"embed_vision|embed_audio|multi_modal_projector|mtp)\..*|.*\.rotary_emb\.inv_freq")
+                     r"embed_vision|embed_audio|multi_modal_projector)\..*|.*\.rotary_emb\.inv_freq")
+MTP = re.compile(r"^(model\.)?(?=mtp\.)")
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 QUANTIZED = {"I8": torch.int8, "U8": torch.uint8}  # by quantize.py; scales are of the dtypes above
 BLOCK = 1 << 22  # numbers of a matrix that are rounded at a time
@@ -143,9 +148,11 @@ def is_column(parameter: str, p: torch.Tensor) -> bool:
 
 
 class Checkpoint:
-    """The text model's tensors of a folder, without prefix. Opens files only while reading them."""
+    """The text model's tensors of a folder, without prefix, with or without those of the multi-token-prediction head.
+    Opens files only while reading them.
+    """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, mtp: bool = False) -> None:
         self.folder = folder
         self.tensors: dict[str, Stored] = {}
         self.held: tuple[Path, safe_open] | None = None  # the file being read
@@ -158,7 +165,7 @@ class Checkpoint:
                     if name not in present:
                         raise UserError(f"{folder / 'model.safetensors.index.json'} says {path.name} holds {name}, "
                                         f"which it does not; download the folder again")
-                    if not SKIPPED.fullmatch(name):
+                    if not SKIPPED.fullmatch(name) and (mtp or not MTP.match(name)):
                         self.add(path, name, file.get_slice(name))
 
     def add(self, path: Path, name: str, part) -> None:
@@ -168,6 +175,7 @@ class Checkpoint:
         plain = PREFIX.sub("", name)
         if plain != name and not plain.startswith("lm_head."):
             plain = f"model.{plain}"
+        plain = MTP.sub("", plain)
         self.tensors[plain] = Stored(path, name, tuple(part.get_shape()), dtype)
 
     def shards(self) -> dict[Path, list[str] | None]:
@@ -239,10 +247,11 @@ class Checkpoint:
         """The tensors that make up one of our parameters; those of the table's first line if none are there."""
         if parameter.endswith(".scale"):
             return [f"{name}_scale" for name in self.sources(f"{parameter.removesuffix('scale')}weight", experts)]
-        layer = re.match(r"layers\.\d+\.", parameter)
+        layer = re.match(r"(layers\.\d+|mtp\.block)\.", parameter)
         prefix = layer[0] if layer else ""
+        theirs = "mtp.layers.0." if prefix == "mtp.block." else f"model.{prefix}" if layer else ""
         lines = (BLOCK_NAMES if layer else NAMES)[parameter.removeprefix(prefix)]
-        lines = [[f"model.{prefix}{name}" if layer else name for name in line] for line in lines]
+        lines = [[f"{theirs}{name}" for name in line] for line in lines]
         lines = [[name.format(e=e) for e in range(experts) for name in line] if "{e}" in line[0] else line
                  for line in lines if experts or "{e}" not in line[0]]
         for enough in (all, any):  # a line that is there in part is what an incomplete file was meant to have

@@ -114,13 +114,16 @@ class ModelConfig:
     scale_embeddings: bool = False  # times sqrt(dim)
     logit_softcap: float | None = None  # logits are softcap * tanh(logits / softcap)
     tie_embeddings: bool = False
+    mtp_layers: int = 0  # of the head for multi-token prediction that comes with the checkpoint; 0: none does
+    mtp: bool = False  # whether that head is built and loaded; if not it costs nothing
     quantization: Quantization | None = None
     dtype: str = "bfloat16"  # what the checkpoint says it is stored in: bfloat16 | float16 | float32
 
     def __post_init__(self) -> None:
         sizes = [("num_hidden_layers", len(self.layer_types))]
         for part in (self, *self.mixers.values(), *([self.experts] if self.experts else [])):
-            sizes += [(name, size) for name, size in vars(part).items() if type(size) is int and name != "shared_dim"]
+            sizes += [(name, size) for name, size in vars(part).items()
+                      if type(size) is int and name not in ("shared_dim", "mtp_layers")]
         for name, size in sizes:
             if size < 1:
                 raise UserError(f"config.json gives {name}={size}; it must be at least 1")
@@ -131,6 +134,10 @@ class ModelConfig:
             check_heads(mixer)
         if self.experts and self.experts.n_active > self.experts.n_experts:
             raise UserError(f"config.json gives {self.experts.n_active} active of {self.experts.n_experts} experts")
+        if self.mtp and (self.mtp_layers != 1 or "full" not in self.mixers):
+            raise UserError(f"a multi-token-prediction head was asked for, and config.json gives it {self.mtp_layers} "
+                            f"layers beside {', '.join(self.mixers)} ones; supported: 1 (mtp_num_hidden_layers of "
+                            f"Qwen3.5, 3.6 and 3.8) beside full ones; go without the head")
 
 
 def check_heads(mixer: AttentionConfig | DeltaNetConfig) -> None:

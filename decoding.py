@@ -257,7 +257,7 @@ def _rounds(model, prompts, max_new_tokens, sampling, seed, steps, cached, specu
     arguments = sampling.arguments(model.config.vocab_size, model.device)
     token, position, ids = _read(model, prompts, arguments, seed, steps, cached, speculation.read)
     shortest, longest = min(map(len, prompts)), ids.shape[1]
-    speculation.begin(cached, position, shortest, steps)
+    speculation.begin(cached, position, shortest, arguments, steps)
     yield torch.cat([torch.ones_like(token), token], 1)
     limit = torch.tensor(longest + max_new_tokens - 1, device=model.device)
     if longest > shortest:

@@ -1,4 +1,5 @@
-"""What guesses the next tokens for speculative.py: another model, the model's own text, or its own weights in int4.
+"""What guesses the next tokens for speculative.py: the model's own text, another model, its own weights in int4, or its
+head for multi-token prediction.
 
 Glossary: B batch, k drafted tokens, S tokens in one call.
 """
@@ -21,7 +22,7 @@ from quantize import quantize_
 from speculative import LONGEST, Proposal
 from tokenizer import Tokenizer
 
-GREEDY = dict(temperature=None, top_k=None, top_p=None)
+FEW = 16  # tokens that a draft reads in pairs
 ROWS = 4096  # of a matrix, rounded at a time
 
 
@@ -33,7 +34,7 @@ class LookupDraft:
     def setup(self, model: Transformer, longest: int) -> None:
         self.model, self.longest = model, longest
 
-    def begin(self, cached: int, position: Tensor, start: int, steps: Steps) -> None:
+    def begin(self, cached: int, position: Tensor, start: int, options: dict, steps: Steps) -> None:
         pass
 
     def look(self, token: Tensor, position: Tensor, steps: Steps) -> int:
@@ -70,34 +71,38 @@ class ModelDraft:
         if self.model.cache_size is not before:
             self.known = self.end = 0
 
-    def begin(self, cached: int, position: Tensor, start: int, steps: Steps) -> None:
+    def begin(self, cached: int, position: Tensor, start: int, options: dict, steps: Steps) -> None:
+        options = options | {"vocab_size": self.target.config.vocab_size}
         self.known = min(self.known, cached)
         if not self.model.rewind(self.end - self.known):
             self.known = 0
         self.missing = start - 1 - self.known
-        self.catch_up(position, steps)
+        self.catch_up(position, steps, options)
 
-    def catch_up(self, position: Tensor, steps: Steps) -> None:
-        """Read what is missing before the last two tokens, the latter of which stands at `position` [B, 1]."""
-        first = position - 1 - self.missing
-        for chunk in chunks(0, self.missing, self.model.block):
-            at = first + torch.arange(chunk.start, chunk.stop, device=position.device)
-            steps.prefill(self.model, self.target.text.gather(1, at), at, GREEDY)
+    def catch_up(self, position: Tensor, steps: Steps, options: dict) -> None:
+        """Read what is missing before the last two tokens, the latter of which stands at `position` [B, 1]: a few in
+        pairs, for which there is a compiled step; of an odd number the last one brings its successor along."""
+        few = self.missing <= FEW
+        pieces = [slice(i, i + 2) for i in range(0, self.missing, 2)] if few else \
+            chunks(0, self.missing, self.model.block)
+        for piece in pieces:
+            at = position - 1 - self.missing + torch.arange(piece.start, piece.stop, device=position.device)
+            (steps.propose if few else steps.prefill)(self.model, self.target.text.gather(1, at), at, options)
         self.missing = 0
 
     def look(self, token: Tensor, position: Tensor, steps: Steps) -> int:
         return 0
 
-    def latest(self, token: Tensor, position: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
+    def latest(self, token: Tensor, position: Tensor, steps: Steps, options: dict) -> tuple[Tensor, Tensor]:
         """What to begin with. If all of the last proposal stood, its last token was never read: so the last two."""
-        self.catch_up(position, steps)
+        self.catch_up(position, steps, options)
         before = position - 1
         return torch.cat([self.target.text.gather(1, before), token], 1), torch.cat([before, position], 1)
 
     def propose(self, k: int, token: Tensor, position: Tensor, given: Tensor | None, options: dict,
                 steps: Steps) -> Proposal:
         options = options | {"vocab_size": self.target.config.vocab_size}
-        tokens, positions = self.latest(token, position, steps)
+        tokens, positions = self.latest(token, position, steps, options)
         drafted = []
         for i in range(k):
             token, *chances = (t.clone() for t in steps.propose(self.model, tokens, positions, options))
@@ -127,10 +132,10 @@ class SelfDraft(ModelDraft):
                 own.attention.cache = layer.attention.cache
             self.model.cache_size = model.cache_size
 
-    def begin(self, cached: int, position: Tensor, start: int, steps: Steps) -> None:
+    def begin(self, cached: int, position: Tensor, start: int, options: dict, steps: Steps) -> None:
         pass
 
-    def latest(self, token: Tensor, position: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
+    def latest(self, token: Tensor, position: Tensor, steps: Steps, options: dict) -> tuple[Tensor, Tensor]:
         return token, position
 
 
@@ -147,7 +152,7 @@ class MultiTokenDraft:
         self.model = model
         self.waiting: list[tuple[Tensor, ...]] = []
 
-    def begin(self, cached: int, position: Tensor, start: int, steps: Steps) -> None:
+    def begin(self, cached: int, position: Tensor, start: int, options: dict, steps: Steps) -> None:
         pass
 
     def look(self, token: Tensor, position: Tensor, steps: Steps) -> int:
@@ -225,7 +230,7 @@ def int4_copy(model: Transformer, pack: bool) -> Transformer:
                         f"take another draft, or a less rounded model")
     quantization = Quantization("int4")
     with torch.device("meta"):
-        copy = Transformer(dataclasses.replace(model.config, quantization=quantization)).eval()
+        copy = Transformer(dataclasses.replace(model.config, quantization=quantization, mtp=False)).eval()
     quantize_(copy, quantization)
     for name, module, tensors in materialize(copy, model.device, model.dtype, pack):
         source = model.get_submodule(name)

@@ -168,7 +168,8 @@ def qwen3_5(source: Source, **fields: Any) -> ModelConfig:
         n_v_heads=source.read("linear_num_value_heads", int, 32),
         k_dim=source.read("linear_key_head_dim", int, 128), v_dim=source.read("linear_value_head_dim", int, 128),
         conv_kernel=source.read("linear_conv_kernel_dim", int, 4))
-    return decoder(source, layers, mixers, norm_offset=1.0, **fields)
+    return decoder(source, layers, mixers, norm_offset=1.0, mtp_layers=source.read("mtp_num_hidden_layers", int, 0),
+                   **fields)
 
 
 def qwen3_5_moe(source: Source) -> ModelConfig:

@@ -27,7 +27,7 @@ import ops
 from checkpoint import resolve_checkpoint
 from config import ModelConfig, Quantization, read_json
 from decoding import Steps, chunks, compiled_steps, generate, prepare
-from drafts import LookupDraft, ModelDraft, SelfDraft, int4_copy, require_same_vocabulary
+from drafts import LookupDraft, ModelDraft, MultiTokenDraft, SelfDraft, int4_copy, require_same_vocabulary
 from errors import Parser, UserError, run_command
 from families import config_from_dict, config_of_shape
 from loader import load_weights, random_weights
@@ -45,8 +45,10 @@ DEMO_PROMPT = "import argparse\nimport json\n\n\ndef main():\n    "
 
 # -- loading ----------------------------------------------------------------------------------------------------------
 
-def build(config: ModelConfig, device: str, dtype: str, quantize: str | None) -> tuple[Transformer, dict]:
+def build(config: ModelConfig, device: str, dtype: str, quantize: str | None,
+          mtp: bool = False) -> tuple[Transformer, dict]:
     """The model on the meta device, and how it is to be loaded: device, dtype, and whether into a packed layout.
+    `mtp`: with its head for multi-token prediction.
 
     Only 16-bit activations are worth a packed layout's rounding of them to 8 bits; float32 is for exactness.
     """
@@ -55,6 +57,7 @@ def build(config: ModelConfig, device: str, dtype: str, quantize: str | None) ->
         if config.quantization:
             raise UserError(f"the checkpoint is quantized already ({config.quantization}); leave --quantize out")
         config = dataclasses.replace(config, quantization=Quantization(quantize))
+    config = dataclasses.replace(config, mtp=mtp)
     where = machine.choose_device(device)
     weights_dtype = machine.choose_dtype(dtype, config.dtype, where)
     ops.bind(where.type, weights_dtype)
@@ -67,12 +70,14 @@ def build(config: ModelConfig, device: str, dtype: str, quantize: str | None) ->
 
 
 def load_model(checkpoint_path: str | Path, device: str = "auto", dtype: str = "auto",
-               quantize: str | None = None, cache_packed: bool = False) -> tuple[Transformer, Tokenizer]:
+               quantize: str | None = None, cache_packed: bool = False,
+               mtp: bool = False) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a checkpoint folder or hub repository, ready for `generate`; `quantize` (int8, int4)
-    rounds the weights while loading. `cache_packed` keeps them in the folder as a CPU reads them best, for next time.
+    rounds the weights while loading. `cache_packed` keeps them in the folder as a CPU reads them best, for next time;
+    `mtp` takes the checkpoint's head for multi-token prediction along.
     """
     folder = resolve_checkpoint(str(checkpoint_path))
-    model, how = build(config_from_dict(read_json(folder / "config.json")), device, dtype, quantize)
+    model, how = build(config_from_dict(read_json(folder / "config.json")), device, dtype, quantize, mtp)
     tokenizer = load_tokenizer(folder)
     if cache_packed and not how["pack"]:
         raise UserError("--cache_packed is for quantized weights on a CPU with a C++ compiler, in bf16 or fp16; "
@@ -87,21 +92,25 @@ def load_model(checkpoint_path: str | Path, device: str = "auto", dtype: str = "
 
 
 def load_random(shape: str, device: str = "auto", dtype: str = "auto", seed: int = 0,
-                quantize: str | None = None) -> Transformer:
+                quantize: str | None = None, mtp: bool = False) -> Transformer:
     """A model of a named shape, or of a config.json, with random weights."""
-    model, how = build(config_of_shape(shape), device, dtype, quantize)
+    model, how = build(config_of_shape(shape), device, dtype, quantize, mtp)
     random_weights(model, seed=seed, **how)
     return model
 
 
 def load_speculation(draft: str, model: Transformer, tokenizer: Tokenizer | None, length: int | None = None,
                      synthetic: float | None = None, quantize: str | None = None) -> Speculation:
-    """Speculation for a model that is loaded: `draft` is lookup, self, or the checkpoint of a smaller model with the
-    same vocabulary (without a tokenizer a shape, with random weights), rounded to `quantize` unless it is quantized
-    already. `length` tokens at a time; None: as many as turns out best.
+    """Speculation for a model that is loaded: `draft` is lookup, self, mtp (of which `load_model` must be told), or the
+    checkpoint of a smaller model with the same vocabulary (without a tokenizer a shape, with random weights), rounded
+    to `quantize` unless it is quantized already. `length` tokens at a time; None: as many as turns out best.
     """
     if draft == "lookup":
         return Speculation(LookupDraft(), draft, length, synthetic)
+    if draft == "mtp":
+        if model.mtp is None:
+            raise UserError("--draft mtp needs a model that was loaded with its head: load_model(..., mtp=True)")
+        return Speculation(MultiTokenDraft(), draft, length, synthetic)
     device, dtype = str(model.device), str(model.dtype).removeprefix("torch.")
     if draft == "self":
         pack = model.dtype != torch.float32 and ops.packs(model.device.type)
@@ -174,7 +183,8 @@ def parser() -> Parser:
     p.add_argument("--threads", type=int, help="on a CPU (default: one for each core)")
     p.add_argument("--quantize", metavar="MODE", help=f"round weights while loading: {', '.join(Quantization.MODES)}")
     p.add_argument("--draft", "--draft_checkpoint_path", metavar="DRAFT",
-                   help="speculate: lookup (in the text so far), self (the model in int4), or a smaller checkpoint")
+                   help="speculate: lookup (in the text so far), self (the model in int4), mtp (its own head for it) "
+                        "or a smaller checkpoint")
     p.add_argument("--speculate_k", default="auto", metavar="N",
                    help="tokens drafted at a time, or auto: as many as pay, by measurement (default %(default)s)")
     p.add_argument("--synthetic_acceptance", type=float, metavar="P",
@@ -190,7 +200,7 @@ def load(args) -> tuple[Transformer, Tokenizer | None, list[int]]:
     """What the options ask for: model, tokenizer, prompt ids."""
     if args.random_weights is None:
         model, tokenizer = load_model(args.checkpoint_path or DEMO, args.device, args.dtype, args.quantize,
-                                      args.cache_packed)
+                                      args.cache_packed, args.draft == "mtp")
         prompt = DEMO_PROMPT if args.prompt is None else args.prompt
         if not prompt:
             raise UserError("the prompt is empty; give some text with --prompt")
@@ -200,7 +210,7 @@ def load(args) -> tuple[Transformer, Tokenizer | None, list[int]]:
             raise UserError(f"--random_weights and --{name} were both given; give one of them")
     if not (args.prompt or "5").isdecimal():
         raise UserError(f"--prompt is {args.prompt!r}; with --random_weights it is a number of synthetic tokens")
-    model = load_random(args.random_weights, args.device, args.dtype, args.seed, args.quantize)
+    model = load_random(args.random_weights, args.device, args.dtype, args.seed, args.quantize, args.draft == "mtp")
     generator = torch.Generator().manual_seed(args.seed)
     count = int(args.prompt or "5")
     return model, None, torch.randint(model.config.vocab_size, (count,), generator=generator).tolist()

@@ -33,8 +33,11 @@ def plan(model: nn.Module, checkpoint: Checkpoint, rounded: bool = False) -> dic
     for problem, names in (("lacks", missing), ("has unknown", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"{checkpoint.folder} {problem} tensors {', '.join(names[:3])}{more}; "
-                            f"the weights do not belong to this config.json")
+            cause = "the weights do not belong to this config.json"
+            if all(name.startswith("mtp.") for name in names):
+                cause = ("its multi-token-prediction head cannot be used: get a checkpoint that has it whole, or go "
+                         "without (mtp_num_hidden_layers 0 in config.json)")
+            raise UserError(f"{checkpoint.folder} {problem} tensors {', '.join(names[:3])}{more}; {cause}")
     for parameter, p in parameters.items():
         parts = [checkpoint.tensors[name] for name in found[parameter]]
         if rounded and not p.is_floating_point():
@@ -161,7 +164,7 @@ def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: to
     `rounded`: the model is quantized and the folder is not, so its numbers are rounded on the way in. `pack`: quantized
     matrices get the device's layout.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, model.config.mtp)
     found = plan(model, checkpoint, rounded)
     machine.require_memory(needed_memory(model, dtype), device)
     load_module(model, "", checkpoint, found, device, dtype, pack)

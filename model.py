@@ -226,6 +226,25 @@ class Block(nn.Module):
         return x if self.scalar is None else x * self.scalar.to(x.dtype)
 
 
+class MultiTokenHead(nn.Module):
+    """Drafts the token after the next: a block of full attention over the hidden states and the tokens behind them.
+
+    Gloeckle et al. 2024 (arXiv 2404.19737), in the sequential form of DeepSeek-V3 (arXiv 2412.19437); embedding and
+    output head are the model's. Entry p of its cache comes of the model's hidden state at p and of token p + 1.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm_e, self.norm_h, self.norm = (RMSNorm(config.dim, config.norm_eps, config.norm_offset)
+                                               for _ in range(3))
+        self.fc = Linear(2 * config.dim, config.dim)
+        self.block = Block(config, config.mixers["full"])
+
+    def forward(self, embedded: Tensor, hidden: Tensor, positions: Tensor) -> Tensor:  # [B, S, D] twice, [B, S]
+        x = self.fc(torch.cat([self.norm_e(embedded), self.norm_h(hidden)], -1))
+        return self.norm(self.block(x, self.block.attention.prepare(positions)))
+
+
 class Transformer(nn.Module):
     """Tokens and their positions to logits. Call `setup_caches` once before the first forward."""
 
@@ -236,6 +255,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, config.mixers[kind]) for kind in config.layer_types)
         self.norm = RMSNorm(config.dim, config.norm_eps, config.norm_offset)
         self.output = Linear(config.dim, config.vocab_size)
+        self.mtp = MultiTokenHead(config) if config.mtp else None
         self.first = {kind: config.layer_types.index(kind) for kind in config.layer_types}  # a layer of each kind
         self.cache_size = (0, 0, 0)  # batch, positions, rewind; a new object whenever there are new buffers
         self.register_buffer("text", None, persistent=False)  # [B, L], the token at each position
@@ -263,6 +283,11 @@ class Transformer(nn.Module):
         return max(layer.attention.block for layer in self.layers)
 
     @property
+    def mixers(self) -> list[Attention | GatedDeltaNet]:
+        """All that keep something of past positions: the layers', and the multi-token head's behind them."""
+        return [block.attention for block in (*self.layers, *([self.mtp.block] if self.mtp else []))]
+
+    @property
     def cache_length(self) -> int:
         return self.cache_size[1]
 
@@ -275,19 +300,19 @@ class Transformer(nn.Module):
         have = self.cache_size
         if have[0] == batch and have[1] >= length and have[2] >= rewind:
             return
-        for layer in self.layers:
-            layer.attention.setup_cache(batch, length, rewind, self.dtype, self.device)
+        for mixer in self.mixers:
+            mixer.setup_cache(batch, length, rewind, self.dtype, self.device)
         self.text = torch.zeros(batch, length, dtype=torch.int64, device=self.device) if rewind else None
         self.cache_size = (batch, length, rewind)
 
     def rewind(self, n: int) -> bool:
         """Whether the next call may start n positions before the end of the last one; if not, start again at 0."""
-        return all([layer.attention.cache.rewind(n) for layer in self.layers])
+        return all([mixer.cache.rewind(n) for mixer in self.mixers])
 
     def reset(self) -> None:
         """Forget everything. Not needed before a new text: what starts at position 0 sees nothing older."""
-        for layer in self.layers:
-            layer.attention.cache.reset()
+        for mixer in self.mixers:
+            mixer.cache.reset()
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens [B, S] at positions [B, S] (both int64, consecutive in a row) -> logits of each row's last, [B, V].
@@ -311,18 +336,34 @@ class Transformer(nn.Module):
         return x * self.embedding_scale if self.embedding_scale else x
 
     def logits(self, x: Tensor) -> Tensor:  # hidden [..., D] -> [..., V]
-        x = x.float() if self.output.packed else x  # which takes and gives either; rounding logits would cost quality
-        logits, cap = self.output(self.norm(x)), self.config.logit_softcap
+        return self.head(self.norm(self.widen(x)))
+
+    def widen(self, x: Tensor) -> Tensor:
+        """float32 for a packed head, which takes and gives either; rounding logits would cost quality."""
+        return x.float() if self.output.packed else x
+
+    def head(self, normed: Tensor) -> Tensor:
+        """Logits [..., V] of what a final norm gave, [..., D]: `norm` or `draft_hidden`."""
+        logits, cap = self.output(self.widen(normed)), self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def draft_hidden(self, hidden: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What `head` makes the draft of token p + 2 from, for each position p: [B, S, D]. Needs `config.mtp`.
+
+        hidden [B, S, D] at positions [B, S]: `norm(hidden(...))`, or for a further token what this method gave last;
+        tokens [B, S]: those at p + 1. The head's cache takes in these positions, and must have taken in all before.
+        """
+        return self.mtp(self.embed(tokens), hidden.to(self.dtype), positions)
 
     def weight_bytes_per_token(self, rows: int = 1) -> int:
         """Bytes of weights that a step of so many rows must read: of an untied embedding those rows, of experts the
-        active ones (for several rows, as many different ones as even routing would choose), of all else everything."""
-        total = sum(p.nbytes for p in self.parameters())
+        active ones (for several rows, as many different ones as even routing would choose), of all else everything.
+        The multi-token head is not part of such a step."""
+        total = sum(p.nbytes for name, p in self.named_parameters() if not name.startswith("mtp."))
         if not self.config.tie_embeddings:
             table = sum(p.nbytes for p in self.tok_embeddings.parameters())
             total -= table - rows * (table // self.config.vocab_size)
-        for module in self.modules():
+        for module in self.layers.modules():
             if isinstance(module, ExpertLinear):
                 idle = (1 - self.config.experts.n_active / self.config.experts.n_experts) ** rows
                 total -= round(idle * sum(p.nbytes for p in module.parameters()))
@@ -330,5 +371,5 @@ class Transformer(nn.Module):
 
     def cache_bytes(self, positions: float) -> int:
         """Bytes of caches that a row of so many positions needs, and that the token after them reads."""
-        return int(sum(layer.attention.cache_bytes(positions, self.dtype.itemsize) for layer in self.layers))
+        return int(sum(mixer.cache_bytes(positions, self.dtype.itemsize) for mixer in self.mixers))
 

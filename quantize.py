@@ -5,6 +5,7 @@
 
 The folder is a Hugging Face folder still: safetensors, the same config.json with a `quantization_config`, the
 tokenizer. A quantized matrix keeps its name, and beside it stands `<name>_scale`; ops/ says what the numbers mean.
+A multi-token-prediction head goes along, rounded like the rest but never calibrated, as it only drafts.
 Weights are read and written a matrix at a time. With --calibrate, int4 is rounded so that the outputs on such a text
 change least.
 `generate.py --quantize MODE` rounds while loading, to the same numbers as without --calibrate.
@@ -15,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -151,7 +153,8 @@ def quantize_folder(source: Path, output: Path, quantization: Quantization, text
     config = config_from_dict(document)
     if config.quantization:
         raise UserError(f"{source} is quantized already ({config.quantization}); give the folder it was made from")
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(source, config.mtp_layers == 1)
+    config = replace(config, mtp=any(name.startswith("mtp.") for name in checkpoint.tensors))
     with torch.device("meta"):
         model, plain = Transformer(config).eval(), Transformer(config).eval()
     found = plan(plain, checkpoint)

@@ -269,7 +269,7 @@ class Draft(Protocol):
     def setup(self, model, longest: int) -> None:
         """Make room for texts as long as the caches of `model` (which may be new) hold, and proposals of `longest`."""
 
-    def begin(self, cached: int, position: Tensor, start: int, steps) -> None:
+    def begin(self, cached: int, position: Tensor, start: int, options: dict, steps) -> None:
         """A text of which `model` has read all before `position` [B, 1], which is `start`; the first `cached` tokens
         as in the last text."""
 
@@ -314,13 +314,13 @@ class Speculation:
         self.model = model
         self.draft.setup(model, self.longest)
 
-    def begin(self, cached: int, position: Tensor, start: int, steps) -> None:
+    def begin(self, cached: int, position: Tensor, start: int, options: dict, steps) -> None:
         """See `Draft`."""
         self.statistics = Statistics(self.name, self.synthetic)
         self.issued.clear()
         self.nothing = torch.full((len(position), self.longest + 1), -1, device=position.device)
         self.rate = None if self.synthetic is None else torch.tensor(self.synthetic, device=position.device)
-        self.draft.begin(cached, position, start, steps)
+        self.draft.begin(cached, position, start, options, steps)
 
     @property
     def read(self) -> Callable | None:

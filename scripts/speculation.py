@@ -151,11 +151,13 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     torch.set_num_threads(machine.choose_threads(args.threads))
     if args.random_weights:
-        model, tokenizer = load_random(args.random_weights, args.device, args.dtype, quantize=args.quantize), None
+        model, tokenizer = load_random(args.random_weights, args.device, args.dtype, quantize=args.quantize,
+                                       mtp="mtp" in args.draft), None
         ids = torch.randint(model.config.vocab_size, (64,), generator=torch.Generator().manual_seed(0)).tolist()
         texts = {"random": (ids, GREEDY)}
     else:
-        model, tokenizer = load_model(args.checkpoint_path or DEMO, args.device, args.dtype, args.quantize)
+        model, tokenizer = load_model(args.checkpoint_path or DEMO, args.device, args.dtype, args.quantize,
+                                      mtp="mtp" in args.draft)
         texts = {kind: (tokenizer.encode(prompt), sampling) for kind, (prompt, sampling) in TEXTS.items()}
     facts = {"model": args.random_weights or args.checkpoint_path or "demo", "device": str(model.device),
              "dtype": str(model.dtype).removeprefix("torch."), "quantization": args.quantize,

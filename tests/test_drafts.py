@@ -1,5 +1,7 @@
 """Drafts of real models: for every family and every draft the greedy text is the plain one, compiled or not, quantized
 or not, alone or in a batch, and in a chat."""
+import dataclasses
+import itertools
 import json
 import random
 from pathlib import Path
@@ -13,8 +15,9 @@ import chat
 import generate as g
 import ops
 from decoding import generate, generate_rows
-from drafts import LookupDraft, ModelDraft, SelfDraft, int4_copy
+from drafts import LookupDraft, ModelDraft, MultiTokenDraft, SelfDraft, int4_copy
 from errors import UserError
+from families import config_from_dict
 from loader import random_weights
 from model import Transformer
 from speculative import Speculation
@@ -146,6 +149,80 @@ def test_compiled_lookup_is_the_eager_one(folder):
            for s in (steps, g.Steps())]
     assert got[0] == got[1] == list(generate(model, prompt, 30, GREEDY))
     assert len(steps.look_up.loaded[model]) == 1
+
+
+# -- multi-token prediction -------------------------------------------------------------------------------------------
+
+def with_head(folder: Path, name: str = "Qwen3.5") -> Transformer:
+    tiny_models.reference_model(name).save_pretrained(folder)
+    document = json.loads((folder / "config.json").read_text()) | {"mtp_num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(document))
+    with torch.device("meta"):
+        model = Transformer(dataclasses.replace(config_from_dict(document), mtp=True)).eval()
+    random_weights(model, torch.device("cpu"), torch.float32, seed=random.randrange(1000))
+    plain = tiny_models.load(folder)
+    for key, p in plain.named_parameters():
+        model.get_parameter(key).copy_(p)
+    return model
+
+
+@pytest.mark.parametrize("name", ["Qwen3.5", "Qwen3.5-MoE"])
+@torch.no_grad()
+def test_the_head_of_a_checkpoint_drafts_and_the_text_stays_the_plain_one(name, tmp_path):
+    model = with_head(tmp_path, name)
+    prompts = [torch.randint(128, (n,)).tolist() for n in (70, 5, 9)]
+    plain = [list(generate(model, prompt, 40, GREEDY)) for prompt in prompts]
+    for length in (1, 3, None):
+        for prompt, expected in zip(prompts, plain, strict=True):
+            speculation = Speculation(MultiTokenDraft(), "mtp", length)
+            assert list(generate(model, prompt, 40, GREEDY, speculation=speculation)) == expected
+    texts: list[list[int]] = [[], [], []]
+    for row in generate_rows(model, prompts, 40, GREEDY, speculation=Speculation(MultiTokenDraft(), "mtp", 2)):
+        for text, token in zip(texts, row, strict=True):
+            text += [] if token is None else [token]
+    assert texts == plain
+
+
+@torch.no_grad()
+def test_what_the_head_proposes_is_what_it_gives_for_the_text_that_came(tmp_path):
+    """Its first guess of each round, behind hidden states and tokens of rounds, plain steps and a prompt, is that of
+    one run of the head over the whole text."""
+    model = with_head(tmp_path)
+    draft, seen = MultiTokenDraft(), []
+    propose = draft.propose
+
+    def watched(k, token, position, *rest):
+        found = propose(k, token, position, *rest)
+        seen.append((position.item(), found.tokens[0, 0].item()))
+        return found
+    draft.propose = watched
+    speculation = Speculation(draft, "mtp", 3)
+    speculation.choose = lambda strength, lengths=itertools.cycle((3, 0, 0, 1, 0, 2)): next(lengths)
+    prompt = torch.randint(128, (30,)).tolist()
+    text = [*prompt, *generate(model, prompt, 40, GREEDY, speculation=speculation)]
+    ids, positions = torch.tensor([text]), torch.arange(len(text))[None]
+    model.setup_caches(1, 300, 8)
+    hidden = model.norm(model.hidden(ids, positions))[:, :-1]
+    guesses = model.head(model.draft_hidden(hidden, ids[:, 1:], positions[:, :-1])).argmax(-1)[0]
+    seen = [(p, token) for p, token in seen if p < len(text)]
+    assert len(seen) > 8 and [token for _, token in seen] == [guesses[p - 1].item() for p, _ in seen]
+
+
+def test_compiled_prediction_of_several_tokens_is_the_eager_one(tmp_path):
+    model = with_head(tmp_path)
+    prompt, steps = torch.randint(128, (20,)).tolist(), g.compiled_steps(model.device)
+    texts = []
+    for used in (steps, g.Steps()):
+        speculation = Speculation(MultiTokenDraft(), "mtp", 2)
+        sampling = g.Sampling(0.8, 20)
+        texts.append(list(generate(model, prompt, 24, sampling, seed=3, steps=used, speculation=speculation)))
+    assert texts[0] == texts[1]
+    assert len(steps.foretell.loaded[model]) == 3  # behind a plain step, behind a round, behind itself
+
+
+def test_a_head_that_is_not_there_is_one_line(command):
+    code, _, err = command(g.main, "--device", "cpu", "--draft", "mtp")
+    assert code == 2 and "multi-token-prediction" in err and err.strip().count("\n") == 0
 
 
 # -- on the command line ----------------------------------------------------------------------------------------------
