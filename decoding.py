@@ -235,7 +235,8 @@ def _speculate(model, prompts, max_new_tokens, sampling, stop_ids, seed, steps, 
     left, at = [max_new_tokens] * len(prompts), [min(lengths)] * len(prompts)  # position of each row's next token
     rounds = _rounds(model, prompts, max_new_tokens, sampling, seed, steps, cached, speculation)
     for number, flat in enumerate(machine.read_late(rounds, model.device)):
-        results = [flat[i:i + len(flat) // len(prompts)] for i in range(0, len(flat), len(flat) // len(prompts))]
+        width = len(flat) // len(prompts)
+        results = [flat[i:i + width] if width > 1 else [1, flat[i]] for i in range(0, len(flat), width)]
         if number:  # the first is the prompt's own
             speculation.record([count for (count, *_), n, p, length in zip(results, left, at, lengths, strict=True)
                                 if n and p >= length], min(at))
@@ -253,13 +254,15 @@ def _speculate(model, prompts, max_new_tokens, sampling, stop_ids, seed, steps, 
 
 
 def _rounds(model, prompts, max_new_tokens, sampling, seed, steps, cached, speculation) -> Iterator[Tensor]:
-    """The device side, [B, 1 + n] a round: how many tokens are new, and the tokens. Without end."""
+    """The device side, without end: of each round how many tokens are new and the tokens, [B, 1 + n], or just the one
+    that is, [B, 1]."""
     arguments = sampling.arguments(model.config.vocab_size, model.device)
     token, position, ids = _read(model, prompts, arguments, seed, steps, cached, speculation.read)
     shortest, longest = min(map(len, prompts)), ids.shape[1]
-    speculation.begin(cached, position, shortest, arguments, steps)
-    yield torch.cat([torch.ones_like(token), token], 1)
-    limit = torch.tensor(longest + max_new_tokens - 1, device=model.device)
+    last = longest + max_new_tokens - 1
+    speculation.begin(cached, position, shortest, last, arguments, steps)
+    yield token
+    limit = torch.tensor(last, device=model.device)
     if longest > shortest:
         token = torch.where(ids[:, shortest:shortest + 1] < 0, token, ids[:, shortest:shortest + 1])
     ids = F.pad(ids, (0, 1), value=-1)

@@ -13,6 +13,7 @@ Text goes to stdout, messages and numbers to stderr. As a library:
         ...
 """
 import dataclasses
+import gc
 import json
 import sys
 import time
@@ -255,6 +256,7 @@ def warm_up(model: Transformer, steps: Steps, sampling: Sampling, size: int = 2,
         for _ in generate(model, [0] * size, min(tokens, model.config.max_seq_len - size), sampling, steps=steps,
                           speculation=speculation):
             pass
+    gc.collect()  # what a compiler left behind would be looked for in the middle of a text
 
 
 def profile(path: str, model: Transformer, prompt: list[int], **options) -> None:

@@ -5,10 +5,8 @@ both read every weight once. What the model would not have said is given up.
 
 Glossary: B batch, k drafted tokens, V vocabulary, N candidates left after top-k (V without it).
 """
-import statistics
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 
 import device as machine
 from errors import UserError
+from pace import Pace, Statistics
 from sampling import distribution, draw
 
 LONGEST = 15  # drafted tokens: with the one before them the 16 rows that kernels for few rows take
@@ -126,139 +125,6 @@ def lookup(text: Tensor, token: Tensor, position: Tensor, k: int) -> tuple[Tenso
     return torch.where(found > 0, text.gather(1, after.clamp_max(len(slots) - 1)), -1), found
 
 
-# -- how many tokens to draft -----------------------------------------------------------------------------------------
-
-class Pace:
-    """Chooses the number of tokens to draft, 0 for a plain step, by what they were worth lately.
-
-    Worth is tokens per second: those that are expected, from the share of drafted ones that stood at each place and
-    likeness of the draft to the text (`strength`), over measured times. A text that does not accept costs little
-    whatever the estimates say: time lost to speculation is a debt, which only plain steps pay off, at PAID of each.
-    """
-
-    PAID, CREDIT, LIMIT = 0.02, 2.0, 1.5  # of a plain step's time: what one pays off; savings kept; the largest debt
-    MEASURED, STALE = 3, 64  # plain steps at first; rounds without one, after which their time is measured anew
-    MEMORY = 0.9  # of older rounds in the shares
-    UNKNOWN = 0.5, 1.0  # the share where nothing is known yet, and how much that weighs
-    GAIN = 1.02  # what speculation must promise
-
-    def __init__(self, choices: tuple[int, ...]) -> None:
-        self.choices, self.debt, self.since = choices, 0.0, 0
-        self.times: dict[int, deque[float]] = {}
-        self.shares: dict[int, list[list[float]]] = {}  # strength -> [stood, proposed] by place
-
-    def time(self, k: int) -> float:
-        """Seconds of a round, from the last of its kind; from the nearest kind's where there was none."""
-        if k in self.times:
-            return statistics.median(self.times[k])
-        plain, known = self.time(0), [n for n in self.times if n]
-        if not known:
-            return plain * (1 + 0.05 * k)
-        nearest = min(known, key=lambda n: abs(n - k))
-        return plain + (self.time(nearest) - plain) * k / nearest
-
-    def expected(self, k: int, strength: int) -> float:
-        """Tokens of a round. Of places never drafted so far the best guess is the share of those before them."""
-        total, chance, shares = 1.0, 1.0, self.shares.get(strength) or [self.UNKNOWN]
-        for place in range(k):
-            stood, proposed = shares[min(place, len(shares) - 1)]
-            chance *= stood / proposed
-            total += chance
-        return total
-
-    def choose(self, strength: int = 0) -> int:
-        """How many tokens to draft now; `strength`: what the draft thinks of itself, 0 where it cannot tell."""
-        if len(self.times.get(0, ())) < self.MEASURED or self.since >= self.STALE:
-            return 0
-        plain = self.time(0)
-        best = max(self.choices, key=lambda k: self.expected(k, strength) / self.time(k))
-        worth = self.expected(best, strength) / self.time(best) * plain
-        if worth > self.GAIN and self.debt < self.LIMIT * plain:
-            return best
-        return min(self.choices) if self.debt <= 0 else 0
-
-    def record(self, k: int, seconds: float, counts: list[int], strength: int = 0) -> None:
-        """A round that took so long and gave each row so many tokens."""
-        times = self.times.setdefault(k, deque(maxlen=7))
-        times.append(seconds)
-        plain = self.time(0) if 0 in self.times else seconds
-        if k == 0:
-            self.since, self.debt = 0, max(self.debt - self.PAID * plain, min(self.debt, 0))
-            return
-        self.since += 1
-        lost = min(seconds, 2 * self.time(k)) - statistics.mean(counts) * plain
-        self.debt = max(self.debt + lost, -self.CREDIT * plain)
-        shares = self.shares.setdefault(strength, [])
-        shares.extend([*(shares or [self.UNKNOWN])[-1]] for _ in range(k - len(shares)))
-        for place, share in enumerate(shares):
-            reached = sum(count > place for count in counts)
-            if place >= k:  # not drafted now: what was found there once gives way to the share before it
-                seen = shares[k - 1][0] / shares[k - 1][1]
-            elif reached:
-                seen = sum(count > place + 1 for count in counts) / reached
-            else:
-                continue
-            share[:] = self.MEMORY * share[0] + seen, self.MEMORY * share[1] + 1
-
-
-# -- what came of it --------------------------------------------------------------------------------------------------
-
-@dataclass
-class Statistics:
-    """Counts and seconds of one text, or of a batch of them."""
-    draft: str
-    synthetic: float | None = None
-    rounds: int = 0  # with something drafted
-    plain_steps: int = 0
-    tokens: float = 0  # of rounds, a row
-    proposed: list[int] = field(default_factory=list)  # by place: rounds that came as far, in which all before stood
-    stood: list[int] = field(default_factory=list)
-    draft_s: float = 0.0
-    verify_s: float = 0.0
-    plain_s: float = 0.0
-    drafted: int = 0  # tokens, a row
-
-    def record(self, k: int, counts: list[int], draft_s: float, model_s: float) -> None:
-        if k == 0:
-            self.plain_steps, self.plain_s = self.plain_steps + 1, self.plain_s + model_s
-            return
-        self.rounds, self.drafted = self.rounds + 1, self.drafted + k
-        self.tokens += statistics.mean(counts)
-        self.draft_s, self.verify_s = self.draft_s + draft_s, self.verify_s + model_s
-        for counted in (self.proposed, self.stood):
-            counted.extend([0] * (k - len(counted)))
-        for place in range(k):
-            self.proposed[place] += sum(count > place for count in counts)
-            self.stood[place] += sum(count > place + 1 for count in counts)
-
-    def summary(self) -> dict:
-        """The numbers of --json; times are means, per round or plain step."""
-        rounds, k = self.rounds, self.drafted / self.rounds if self.rounds else 0.0
-        verify, plain = (s / n if n else None for s, n in ((self.verify_s, rounds), (self.plain_s, self.plain_steps)))
-        draft = self.draft_s / rounds if rounds else None
-        return {
-            "draft": self.draft, "synthetic_acceptance": self.synthetic, "rounds": rounds,
-            "plain_steps": self.plain_steps, "drafted_per_round": k,
-            "tokens_per_round": self.tokens / rounds if rounds else None,
-            "acceptance": sum(self.stood) / sum(self.proposed) if any(self.proposed) else None,
-            "acceptance_by_position": [s / p if p else None for s, p in zip(self.stood, self.proposed, strict=True)],
-            "draft_ms": None if draft is None else 1e3 * draft, "verify_ms": None if verify is None else 1e3 * verify,
-            "plain_ms": None if plain is None else 1e3 * plain,
-            "break_even_acceptance": break_even(k, (draft + verify) / plain) if rounds and plain else None}
-
-
-def break_even(k: float, cost: float) -> float | None:
-    """The share a of drafted tokens that must stand, each given those before it, for a round of k that costs so many
-    plain steps to be worth it: 1 + a + ... + a^k = cost. None: no share is enough."""
-    if cost > k + 1:
-        return None
-    low, high = 0.0, 1.0
-    while high - low > 1e-6:
-        a = (low + high) / 2
-        low, high = (low, a) if (1 - a ** (k + 1)) / (1 - a) > cost else (a, high)
-    return low
-
-
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 class Draft(Protocol):
@@ -314,8 +180,9 @@ class Speculation:
         self.model = model
         self.draft.setup(model, self.longest)
 
-    def begin(self, cached: int, position: Tensor, start: int, options: dict, steps) -> None:
-        """See `Draft`."""
+    def begin(self, cached: int, position: Tensor, start: int, limit: int, options: dict, steps) -> None:
+        """See `Draft`; no position after `limit` matters."""
+        self.most, self.limit = start, limit  # no row is further on than `most`
         self.statistics = Statistics(self.name, self.synthetic)
         self.issued.clear()
         self.nothing = torch.full((len(position), self.longest + 1), -1, device=position.device)
@@ -329,18 +196,20 @@ class Speculation:
 
     def round(self, token: Tensor, position: Tensor, ids: Tensor | None, limit: Tensor, options: dict,
               steps) -> tuple[Tensor, Tensor, Tensor]:
-        """Draft and check, or a plain step: [B, 1 + n], how many tokens are new and the tokens; the last of them and
-        its position. `ids` [B, longest + 1] are prompts, padded with -1, if not all have been read; `limit` [], the
-        last position that matters, at which rows wait."""
+        """Draft and check, [B, 1 + n], how many tokens are new and the tokens; or a plain step, the token [B, 1]. And
+        the last token and its position. `ids` [B, longest + 1] are prompts, padded with -1, if not all have been read;
+        `limit` [], the last position that matters, at which rows wait."""
         start = drafted = machine.mark(token.device)
-        strength = self.draft.look(token, position, steps)
+        strength = -1 if self.plain_due else self.draft.look(token, position, steps)
         k = self.choose(strength)
         given, at = None if ids is None else upcoming(ids, position, k + 1), position
         if k == 0:
+            drafted = machine.mark(token.device)
             options = options | {"hidden": True} if self.draft.hears else options
             token, position, *hidden = (t.clone() for t in steps.decode(self.model, token, position, options))
             token = token if given is None else torch.where(given < 0, token, given)
-            result, position = torch.cat([torch.ones_like(token), token], 1), position.minimum(limit)
+            self.most += 1
+            result, position = token, position if self.most <= self.limit else position.minimum(limit)
             self.draft.skip()
         else:
             proposal = self.draft.propose(k, token, position, given, options, steps)
@@ -349,8 +218,10 @@ class Speculation:
                     "given": self.nothing[:, :k + 1].clone() if given is None else given, "synthetic": self.rate}
             options = options | {name: value for name, value in more.items() if value is not None}
             result, token, position, *hidden = (t.clone() for t in steps.verify(self.model, token, position, options))
+            self.most += k + 1
         if self.draft.hears:
-            self.draft.hear(*hidden, at + torch.arange(k + 1, device=at.device), result[:, 1:], result[:, :1])
+            tokens, count = (result[:, 1:], result[:, :1]) if k else (result, torch.ones_like(result))
+            self.draft.hear(*hidden, at + torch.arange(k + 1, device=at.device), tokens, count)
         self.issued.append((k, max(strength, 0), start, drafted, machine.mark(token.device)))
         return result, token, position
 
@@ -364,14 +235,19 @@ class Speculation:
         finally:
             self.forced, self.pace = None, Pace(self.pace.choices)
 
-    def choose(self, strength: int) -> int:
+    @property
+    def plain_due(self) -> bool:
+        """Whether the next step is plain whatever the draft says. What plain steps take also tells whether the rest was
+        worth it, so a few come first, however many tokens are asked for."""
         if self.forced is not None:
-            return self.forced
-        if len(self.pace.times.get(0, ())) < self.pace.MEASURED:
-            return 0  # what plain steps take is also what tells whether the rest was worth it
-        if self.length is not None:
-            return self.length
-        return 0 if strength < 0 else self.pace.choose(strength)
+            return self.forced == 0
+        return self.pace.closed if self.length is None else len(self.pace.times.get(0, ())) < self.pace.MEASURED
+
+    def choose(self, strength: int) -> int:
+        if self.plain_due:
+            return 0
+        asked = self.length if self.forced is None else self.forced
+        return asked if asked is not None else 0 if strength < 0 else self.pace.choose(strength)
 
     def record(self, counts: list[int], start: int) -> None:
         """The oldest round's new tokens in each row that is of interest; the text now goes up to `start` at least."""
@@ -379,7 +255,7 @@ class Speculation:
         draft_s, model_s = machine.seconds_between(begun, drafted), machine.seconds_between(drafted, done)
         self.draft.record(start + min(counts, default=0))
         if counts:
-            self.pace.record(k, draft_s + model_s, counts, strength)
+            self.pace.record(k, draft_s, model_s, counts, strength)
             self.statistics.record(k, counts, draft_s, model_s)
 
 

@@ -166,7 +166,8 @@ def main(argv: list[str]) -> None:
              "command": " ".join(["python -m scripts.speculation", *argv])}
     steps = compiled_steps(model.device)
     print(HEADER)
-    for kind, (prompt, sampling) in texts.items():
+    longest_first = sorted(texts.items(), key=lambda text: -len(text[1][0]))  # so that caches need not grow
+    for kind, (prompt, sampling) in longest_first:
         for row in measure(args, list(ways(args, model, tokenizer, steps)), kind, prompt, sampling, facts):
             print(show(row), flush=True)
             if args.output:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-RANKS = [["errors"], ["config", "sampling", "device"], ["ops", "aot", "speculative"],
+RANKS = [["errors"], ["config", "sampling", "device", "pace"], ["ops", "aot", "speculative"],
          ["families", "tokenizer", "rounding", "checkpoint"], ["loader", "layers", "packed"], ["linear_attention"],
          ["model"], ["metrics", "calibration", "decoding"], ["chat", "quantize"], ["drafts"],
          ["generate"], ["scripts"]]

@@ -11,8 +11,9 @@ import speculative
 from decoding import generate, generate_rows
 from drafts import LookupDraft, ModelDraft
 from errors import UserError
+from pace import Pace, Statistics, break_even
 from sampling import Sampling, distribution
-from speculative import Pace, Speculation, Statistics, break_even, lookup
+from speculative import Speculation, lookup
 
 V, NEW = 8, 4  # tokens in the vocabulary, tokens generated
 SAMPLES = 120_000
@@ -248,7 +249,7 @@ def simulate(pace: Pace, chances: list[float], cost, tokens: int, noise: float =
             count += 1
         time = cost(k) * (1 + random.uniform(0, noise))
         seconds, made, chosen[k] = seconds + time, made + count, chosen.get(k, 0) + 1
-        pace.record(k, time, [count])
+        pace.record(k, 0.0, time, [count])
     return seconds / made, chosen
 
 
