@@ -14,8 +14,7 @@ class Pace:
     Worth is tokens per second: those that are expected, from the share of drafted ones that stood at each place and
     likeness of the draft to the text (`strength`), over measured times. A text that does not accept costs little
     whatever the estimates say: time lost to speculation is a debt, which only plain steps pay off, at PAID of each.
-    While it is too large there is no use in asking a draft (`closed`). The first time of a kind may be an accident,
-    and is not held against it in full.
+    While it is too large there is no use in asking a draft (`closed`).
     """
 
     PAID, CREDIT, LIMIT = 0.01, 2.0, 1.5  # of a plain step's time: what one pays off; savings kept; the largest debt
@@ -26,18 +25,20 @@ class Pace:
 
     def __init__(self, choices: tuple[int, ...]) -> None:
         self.choices, self.debt, self.since = choices, 0.0, 0
+        self.promising = True  # whether something would pay, if the draft liked the text
         self.times: dict[int, deque[float]] = {}
         self.shares: dict[int, list[list[float]]] = {}  # strength -> [stood, proposed] by place
 
     def time(self, k: int) -> float:
-        """Seconds of a round, from the last of its kind; from the nearest kind's where there was none."""
-        if k in self.times:
-            return statistics.median(self.times[k])
-        plain, known = self.time(0), [n for n in self.times if n]
-        if not known:
-            return plain * (1 + 0.05 * k)
-        nearest = min(known, key=lambda n: abs(n - k))
-        return plain + (self.time(nearest) - plain) * k / nearest
+        """Seconds of a round, from the last of its kind. While there were few, what the nearest kind's make likely is
+        one more: the first may have been an accident."""
+        times = self.times.get(k, ())
+        if not k or len(times) >= self.MEASURED:
+            return statistics.median(times)
+        plain, near = self.time(0), min(self.times.keys() - {0, k}, key=lambda n: abs(n - k), default=None)
+        likely = plain * (1 + 0.05 * k) if near is None else \
+            plain + (statistics.median_low(self.times[near]) - plain) * k / near
+        return statistics.median_low([likely, *times])
 
     def expected(self, k: int, strength: int) -> float:
         """Tokens of a round. Of places never drafted so far the best guess is the share of those before them."""
@@ -48,20 +49,23 @@ class Pace:
             total += chance
         return total
 
+    def worth(self, k: int, strength: int) -> float:
+        """Tokens of a round over those of plain steps in its time."""
+        return self.expected(k, strength) / self.time(k) * self.time(0)
+
     @property
     def closed(self) -> bool:
         """Whether a plain step is due in any case."""
-        return (len(self.times.get(0, ())) < self.MEASURED or self.since >= self.STALE
-                or self.debt >= self.LIMIT * self.time(0))
+        if len(self.times.get(0, ())) < self.MEASURED or self.since >= self.STALE:
+            return True
+        return self.debt >= (self.LIMIT * self.time(0) if self.promising else 1e-12)
 
     def choose(self, strength: int = 0) -> int:
         """How many tokens to draft now; `strength`: what the draft thinks of itself, 0 where it cannot tell."""
         if self.closed:
             return 0
-        plain = self.time(0)
-        best = max(self.choices, key=lambda k: self.expected(k, strength) / self.time(k))
-        worth = self.expected(best, strength) / self.time(best) * plain
-        if worth > self.GAIN:
+        best = max(self.choices, key=lambda k: self.worth(k, strength))
+        if self.worth(best, strength) > self.GAIN:
             return best
         return min(self.choices) if self.debt <= 0 else 0
 
@@ -76,8 +80,8 @@ class Pace:
             self.since, self.debt = 0, max(self.debt - self.PAID * plain, min(self.debt, 0)) + draft_s
             return
         self.since += 1
-        lost = min(draft_s + model_s, 2 * self.time(k)) - statistics.mean(counts) * plain
-        lost = min(lost, self.LIMIT * plain) if len(times) == 1 else lost
+        usual = self.time(k)  # what takes far longer was held up by something else
+        lost = min(draft_s + model_s, 2 * usual if len(times) > 1 else usual) - statistics.mean(counts) * plain
         self.debt = max(self.debt + lost, -self.CREDIT * plain)
         shares = self.shares.setdefault(strength, [])
         shares.extend([*(shares or [self.UNKNOWN])[-1]] for _ in range(k - len(shares)))
@@ -90,6 +94,7 @@ class Pace:
             else:
                 continue
             share[:] = self.MEMORY * share[0] + seen, self.MEMORY * share[1] + 1
+        self.promising = any(self.worth(k, s) > self.GAIN for s in self.shares for k in self.choices)
 
 
 # -- what came of it --------------------------------------------------------------------------------------------------
