@@ -17,7 +17,7 @@ class Pace:
     While it is too large there is no use in asking a draft (`closed`).
     """
 
-    PAID, CREDIT, LIMIT = 0.01, 2.0, 1.5  # of a plain step's time: what one pays off; savings kept; the largest debt
+    PAID, CREDIT, LIMIT = 0.01, 20.0, 3.0  # of a plain step's time: what one pays off; savings kept; the largest debt
     MEASURED, STALE = 3, 64  # times of a kind at first; rounds without a plain step, after which one is timed anew
     MEMORY = 0.9  # of older rounds in the shares
     UNKNOWN = 0.5, 1.0  # the share where nothing is known yet, and how much that weighs
@@ -53,21 +53,30 @@ class Pace:
         """Tokens of a round over those of plain steps in its time."""
         return self.expected(k, strength) / self.time(k) * self.time(0)
 
+    def affordable(self, k: int) -> bool:
+        """Whether the debt stays within its limit though nothing may stand."""
+        return self.debt + self.time(k) - self.time(0) <= self.LIMIT * self.time(0)
+
     @property
     def closed(self) -> bool:
         """Whether a plain step is due in any case."""
         if len(self.times.get(0, ())) < self.MEASURED or self.since >= self.STALE:
             return True
-        return self.debt >= (self.LIMIT * self.time(0) if self.promising else 1e-12)
+        return not self.affordable(min(self.choices)) if self.promising else self.debt > 0
 
     def choose(self, strength: int = 0) -> int:
         """How many tokens to draft now; `strength`: what the draft thinks of itself, 0 where it cannot tell."""
         if self.closed:
             return 0
-        best = max(self.choices, key=lambda k: self.worth(k, strength))
+        least = min(self.choices)
+        best = max((k for k in self.choices if k == least or self.affordable(k)), key=lambda k: self.worth(k, strength))
         if self.worth(best, strength) > self.GAIN:
             return best
-        return min(self.choices) if self.debt <= 0 else 0
+        return least if self.debt <= 0 else 0
+
+    def begin(self) -> None:
+        """A new text, which neither pays for the last one nor lives on its savings."""
+        self.debt = 0.0
 
     def record(self, k: int, draft_s: float, model_s: float, counts: list[int], strength: int = 0) -> None:
         """A round that took the draft and the model so long and gave each row so many tokens."""

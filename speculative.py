@@ -184,6 +184,7 @@ class Speculation:
         """See `Draft`; no position after `limit` matters."""
         self.most, self.limit = start, limit  # no row is further on than `most`
         self.statistics = Statistics(self.name, self.synthetic)
+        self.pace.begin()
         self.issued.clear()
         self.nothing = torch.full((len(position), self.longest + 1), -1, device=position.device)
         self.rate = None if self.synthetic is None else torch.tensor(self.synthetic, device=position.device)

@@ -91,7 +91,8 @@ def measure(args: Namespace, found: list[Way], kind: str, prompt: list[int], sam
     for way, text in zip(found, texts, strict=True):
         ratios = [a / b for a, b in zip(found[0].seconds[1:], way.seconds[1:], strict=True)]
         yield facts | {"kind": "speculation", "text": kind, "way": way.name, "new_tokens": args.new_tokens,
-                       "temperature": sampling.temperature, "same_tokens": text == texts[0] if exact else None,
+                       "temperature": sampling.temperature, "synthetic_acceptance": args.synthetic_acceptance,
+                       "same_tokens": text == texts[0] if exact else None,
                        "tok_s": (args.new_tokens - 1) / statistics.median(way.seconds[1:]),
                        "over_plain": statistics.median(ratios), "over_plain_all": ratios,
                        **(way.summaries[-1] if way.summaries else {})}

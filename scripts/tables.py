@@ -146,6 +146,32 @@ def activations_table(rows: list[dict]) -> str:
         f"\n\n`{command_of(last)}`, commit {last['commit']}, {last['machine']}."
 
 
+def speculation_table(rows: list[dict]) -> str:
+    """A line for each text and way to decode it, the last of each model."""
+    found: dict[tuple, dict] = {}
+    for r in rows:
+        if r.get("kind") == "speculation":
+            found[r["machine"], r["model"], r["quantization"], r["text"], r["way"]] = r
+    if not found:
+        return ""
+
+    def cell(row: dict, name: str, form: str, scale: float = 1) -> str:
+        return "" if row.get(name) is None else format(row[name] * scale, form)
+    lines = []
+    for r in found.values():
+        chance = r.get("synthetic_acceptance")
+        lines.append(" | ".join([
+            f"{r['model']}, {r['quantization']}" if r["quantization"] else r["model"],
+            r["text"] if chance is None else f"{r['text']}, {100 * chance:.0f} % taken by chance", r["way"],
+            number(r["tok_s"]), f"{r['over_plain']:.2f}", cell(r, "tokens_per_round", ".2f"),
+            cell(r, "acceptance", ".0f", 100), cell(r, "draft_ms", ".2f"), cell(r, "verify_ms", ".2f"),
+            cell(r, "plain_ms", ".2f"), cell(r, "break_even_acceptance", ".0f", 100)]))
+    head = ("model | text | draft, k | tok/s | over plain | tokens a round | stood, % | ms to draft | to verify | "
+            "plain | pays from, %")
+    sources = dict.fromkeys(f"`{command_of(r)}`, commit {r['commit']}, {r['machine']}" for r in found.values())
+    return table(head, lines) + "\n\n" + "; ".join(sources) + "."
+
+
 # -- docs/why-cpu.md --------------------------------------------------------------------------------------------------
 
 POINTS = ("quantization", "kernels", "dispatch", "memory", "start", "threads", "fusion", "step")  # why_cpu.py's
@@ -203,7 +229,8 @@ def why_source(rows: list[dict]) -> str:
 # -- pages ------------------------------------------------------------------------------------------------------------
 
 TABLES = {"speed": speed_table, "starts": starts_table, "quality": quality_table, "activations": activations_table,
-          "why": why_source, **{f"why-{point}": functools.partial(why_table, point) for point in POINTS}}
+          "speculation": speculation_table, "why": why_source,
+          **{f"why-{point}": functools.partial(why_table, point) for point in POINTS}}
 
 
 def pieces(text: str) -> Iterator[tuple[str | None, str]]:
