@@ -151,7 +151,7 @@ def speculation_table(rows: list[dict]) -> str:
     found: dict[tuple, dict] = {}
     for r in rows:
         if r.get("kind") == "speculation":
-            found[r["machine"], r["model"], r["quantization"], r["text"], r["way"]] = r
+            found[r["machine"], r["model"], r["quantization"], r["text"], r["way"], r.get("synthetic_acceptance")] = r
     if not found:
         return ""
 
