@@ -53,12 +53,10 @@ def test_the_greedy_text_of_every_family_is_the_plain_one(name, tmp_path):
     prompt = torch.randint(128, (70,)).tolist()  # past the windows, and past a block of a recurrence
     plain = list(generate(model, prompt, 40, GREEDY))
     for kind, draft in drafts(model, other).items():
-        speculation = Speculation(draft, kind, random.randint(1, 6))
+        speculation = Speculation(draft, kind, None if kind == "model" else random.randint(1, 6))
         assert list(generate(model, prompt, 40, GREEDY, speculation=speculation)) == plain, kind
         if kind == "same":  # whose proposals all stand, up to rounding
             assert speculation.statistics.summary()["acceptance"] > 0.8
-        auto = Speculation(draft, kind)
-        assert list(generate(model, prompt, 40, GREEDY, speculation=auto)) == plain, kind
 
 
 @pytest.mark.parametrize("name", ["Llama 3.2", "Gemma 3", "Qwen3.5", "Qwen3-MoE"])
