@@ -43,7 +43,8 @@ def test_random_weights_measure_speed_at_an_acceptance_by_decree(command, folder
 
 @pytest.mark.parametrize("arguments, said", [
     (["--random_weights", "Llama-3.2-1B"], "go together"), (["--synthetic_acceptance", "0.5"], "go together"),
-    (["--repeats", "0"], "at least 1"), (["--speculate_k", "some"], "allowed"), (["--draft", "no/such/folder"], "no folder"),
+    (["--repeats", "0"], "at least 1"), (["--speculate_k", "some"], "allowed"),
+    (["--draft", "no/such/folder"], "no folder"),
     (["--output", "/no/such/file"], "no such folder"), (["--quantize", "int3"], "invalid choice")])
 def test_wrong_options_are_one_line(arguments, said, command):
     code, _, err = command(speculation.main, *arguments)
