@@ -19,23 +19,20 @@ from layers import Matrix
 from loader import fill_rounded, materialize
 from model import Transformer
 from quantize import quantize_
-from speculative import LONGEST, Proposal
+from speculative import LONGEST, Draft, Proposal
 from tokenizer import Tokenizer
 
 FEW = 16  # tokens that a draft reads in pairs
 ROWS = 4096  # of a matrix, rounded at a time
 
 
-class LookupDraft:
+class LookupDraft(Draft):
     """What followed the last few tokens when the text had them before; see `speculative.lookup`."""
 
-    choices, hears = (3, 7, LONGEST), False
+    choices = 3, 7, LONGEST
 
     def setup(self, model: Transformer, longest: int) -> None:
         self.model, self.longest = model, longest
-
-    def begin(self, cached: int, position: Tensor, start: int, options: dict, steps: Steps) -> None:
-        pass
 
     def look(self, token: Tensor, position: Tensor, steps: Steps) -> int:
         self.tokens, found = (t.clone() for t in steps.look_up(self.model, token, position, {"k": self.longest}))
@@ -45,17 +42,11 @@ class LookupDraft:
                 steps: Steps) -> Proposal:
         return Proposal(self.tokens[:, :k].contiguous())
 
-    def skip(self) -> None:
-        pass
 
-    def record(self, start: int) -> None:
-        pass
-
-
-class ModelDraft:
+class ModelDraft(Draft):
     """A smaller model with the same vocabulary."""
 
-    choices, hears = (1, 3, 5), False
+    choices = 1, 3, 5
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -89,9 +80,6 @@ class ModelDraft:
             at = position - 1 - self.missing + torch.arange(piece.start, piece.stop, device=position.device)
             (steps.propose if few else steps.prefill)(self.model, self.target.text.gather(1, at), at, options)
         self.missing = 0
-
-    def look(self, token: Tensor, position: Tensor, steps: Steps) -> int:
-        return 0
 
     def latest(self, token: Tensor, position: Tensor, steps: Steps, options: dict) -> tuple[Tensor, Tensor]:
         """What to begin with. If all of the last proposal stood, its last token was never read: so the last two."""
@@ -139,7 +127,7 @@ class SelfDraft(ModelDraft):
         return token, position
 
 
-class MultiTokenDraft:
+class MultiTokenDraft(Draft):
     """The head for multi-token prediction that comes with a checkpoint, over the model's own hidden states.
 
     What it is told waits until something is to be proposed: the head need not run for plain steps.
@@ -151,12 +139,6 @@ class MultiTokenDraft:
     def setup(self, model: Transformer, longest: int) -> None:
         self.model = model
         self.waiting: list[tuple[Tensor, ...]] = []
-
-    def begin(self, cached: int, position: Tensor, start: int, options: dict, steps: Steps) -> None:
-        pass
-
-    def look(self, token: Tensor, position: Tensor, steps: Steps) -> int:
-        return 0
 
     def read(self, hidden: Tensor, positions: Tensor, tokens: Tensor) -> None:
         self.run(hidden, positions, tokens)
@@ -198,12 +180,6 @@ class MultiTokenDraft:
             positions = position + i
             more |= {"normed": True, "tokens": token, "last": torch.zeros_like(token)}
         return proposal(drafted)
-
-    def skip(self) -> None:
-        pass
-
-    def record(self, start: int) -> None:
-        pass
 
 
 def proposal(drafted: list[tuple[Tensor, ...]]) -> Proposal:

@@ -30,15 +30,19 @@ class Pace:
         self.shares: dict[int, list[list[float]]] = {}  # strength -> [stood, proposed] by place
 
     def time(self, k: int) -> float:
-        """Seconds of a round, from the last of its kind. While there were few, what the nearest kind's make likely is
-        one more: the first may have been an accident."""
+        """Seconds of a round, from the last of its kind. Of a new kind, what those of the nearest make likely."""
+        near = min(self.times.keys() - {0}, key=lambda n: abs(n - k), default=None) if k else None
+        if near is None or near == k:
+            return self.usual(k)
+        plain = self.usual(0)
+        return plain + (self.usual(near) - plain) * k / near
+
+    def usual(self, k: int) -> float:
+        """The median of what was timed. Of few the first may be an accident, so a hopeful guess counts as one."""
         times = self.times.get(k, ())
         if not k or len(times) >= self.MEASURED:
             return statistics.median(times)
-        plain, near = self.time(0), min(self.times.keys() - {0, k}, key=lambda n: abs(n - k), default=None)
-        likely = plain * (1 + 0.05 * k) if near is None else \
-            plain + (statistics.median_low(self.times[near]) - plain) * k / near
-        return statistics.median_low([likely, *times])
+        return statistics.median_low([self.usual(0) * (1 + 0.05 * k), *times])
 
     def expected(self, k: int, strength: int) -> float:
         """Tokens of a round. Of places never drafted so far the best guess is the share of those before them."""

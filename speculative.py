@@ -7,7 +7,7 @@ Glossary: B batch, k drafted tokens, V vocabulary, N candidates left after top-k
 """
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,10 +127,10 @@ def lookup(text: Tensor, token: Tensor, position: Tensor, k: int) -> tuple[Tenso
 
 # -- the whole --------------------------------------------------------------------------------------------------------
 
-class Draft(Protocol):
-    """Something that proposes tokens."""
+class Draft:
+    """Something that proposes tokens. What is not `propose` may be left as it is here."""
     choices: tuple[int, ...]  # how many at a time, where `Pace` decides
-    hears: bool  # whether `hear` is to be called, and for pieces of a prompt `read`, which needs no `count`
+    hears = False  # whether `hear` is to be called, and for pieces of a prompt `read`, which needs no `count`
 
     def setup(self, model, longest: int) -> None:
         """Make room for texts as long as the caches of `model` (which may be new) hold, and proposals of `longest`."""
@@ -142,9 +142,11 @@ class Draft(Protocol):
     def look(self, token: Tensor, position: Tensor, steps) -> int:
         """How promising it is to propose something after `token` at `position`, both [B, 1]: below 0 not at all, and
         above it as some rising number; 0 where there is no telling."""
+        return 0
 
     def propose(self, k: int, token: Tensor, position: Tensor, given: Tensor | None, options: dict, steps) -> Proposal:
         """The next k tokens; `given` [B, k + 1] those that are known, or -1; `options` those of `sample`."""
+        raise NotImplementedError
 
     def skip(self) -> None:
         """A token was read without anything proposed."""

@@ -273,6 +273,19 @@ def test_a_text_that_accepts_gets_the_length_that_suits_it():
     assert seconds < 0.45
 
 
+def test_an_accident_is_no_verdict():
+    """A first time a hundred times too long, and one in the middle: what pays is drafted all the same."""
+    pace, slow = Pace((1, 3, 5)), {1, 40}
+    rounds = []
+
+    def cost(k: int) -> float:
+        if k:
+            rounds.append(k)
+        return drafting(k) * (100 if k and len(rounds) in slow else 1)
+    _, chosen = simulate(pace, [0.95], cost, 1500)
+    assert chosen[0] < sum(chosen.values()) / 4
+
+
 def test_pace_follows_a_text_that_changes():
     seconds, _ = simulate(Pace((1, 3, 5)), [0.0, 0.95], drafting, 4000)
     assert seconds < 0.85  # plain steps all along would be 1, knowing it all 0.69
