@@ -6,7 +6,7 @@ With speculation the function takes k more tokens, a draft's, and gives as many 
 Glossary: B batch, S tokens in one call, k drafted tokens, V vocabulary, N candidates left after top-k (V without it),
 D dim.
 """
-import itertools
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from aot import compiled
 from errors import UserError
 from model import Transformer
 from sampling import Sampling, distribution, draw, sample
-from speculative import Proposal, Speculation, accept, lookup
+from speculative import Proposal, Speculation, accept, given_or, lookup
 
 PREFILL_CHUNK = 512  # tokens in one prefill call: bounds memory for activations and masks
 
@@ -53,7 +53,7 @@ def verify(model: Transformer, token: Tensor, position: Tensor, options: dict) -
     matters; those of `sample`; `synthetic`.
     """
     drafted, given = options["drafted"], options["given"]
-    tokens = torch.cat([token, torch.where(given[:, :-1] < 0, drafted, given[:, :-1])], 1).clamp_min(0)
+    tokens = torch.cat([token, given_or(given[:, :-1], drafted)], 1).clamp_min(0)
     x = model.hidden(tokens, position + torch.arange(tokens.shape[1], device=token.device))
     accepted, count = accept(
         model.logits(x), Proposal(drafted, options.get("probs"), options.get("ids")), given, options["temperature"],
@@ -147,9 +147,7 @@ def generate_rows(model: Transformer, prompts: Sequence[Sequence[int]], max_new_
     advance by as many tokens as stood in each.
     """
     prepare(model, prompts, max_new_tokens, speculation)
-    if speculation is None:
-        return _generate(model, prompts, max_new_tokens, sampling, stop_ids, seed, steps, cached)
-    return _speculate(model, prompts, max_new_tokens, sampling, stop_ids, seed, steps, cached, speculation)
+    return _generate(model, prompts, max_new_tokens, sampling, stop_ids, seed, steps, cached, speculation)
 
 
 def prepare(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int,
@@ -179,18 +177,36 @@ def prepare(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens
 
 
 @torch.no_grad()
-def _generate(model, prompts, max_new_tokens, sampling, stop_ids, seed, steps, cached) -> Iterator[list[int | None]]:
-    left = [max_new_tokens] * len(prompts)
-    steps = _tokens(model, prompts, max_new_tokens, sampling, seed, steps, cached)
-    for position, tokens in enumerate(machine.read_late(steps, model.device), min(map(len, prompts))):
-        if min(tokens) < 0:
-            raise UserError(f"the logits are not finite: {blame(model)}")
-        row = [token if n and position >= len(prompt) else None
-               for token, n, prompt in zip(tokens, left, prompts, strict=True)]
-        yield row
-        left = [0 if token in stop_ids else n - (token is not None) for token, n in zip(row, left, strict=True)]
-        if not any(left):
-            return
+def _generate(model, prompts, max_new_tokens, sampling, stop_ids, seed, steps, cached,
+              speculation) -> Iterator[list[int | None]]:
+    rows, lengths = len(prompts), list(map(len, prompts))
+    left, at = [max_new_tokens] * rows, [min(lengths)] * rows  # position of each row's next token
+    make = _tokens if speculation is None else functools.partial(_rounds, speculation=speculation)
+    results = make(model, prompts, max_new_tokens, sampling, seed, steps, cached)
+    for number, flat in enumerate(machine.read_late(results, model.device)):
+        columns = [flat] if len(flat) == rows else _columns(flat, rows)
+        if speculation and number and (issued := speculation.issued.popleft()):  # the first is the prompt's own
+            counts = [sum(column[i] is not None for column in columns) for i in range(rows)]
+            speculation.record(issued, [count for count, n, p, length in zip(counts, left, at, lengths, strict=True)
+                                        if n and p >= length], min(at))
+        for column in columns:
+            row = [token if n and p >= length else None
+                   for token, n, p, length in zip(column, left, at, lengths, strict=True)]
+            if any(token is not None and token < 0 for token in row):
+                raise UserError(f"the logits are not finite: {blame(model)}")
+            yield row
+            left = [0 if token in stop_ids else n - (token is not None) for token, n in zip(row, left, strict=True)]
+            if not any(left):
+                return
+            at = [p + (token is not None) for p, token in zip(at, column, strict=True)]
+
+
+def _columns(flat: list[int], rows: int) -> list[list[int | None]]:
+    """Results [rows, 1 + n], each row how many tokens count and the tokens, as n lists of a token or None for each row;
+    as many as the row with the most has."""
+    width = len(flat) // rows
+    counts = flat[::width]
+    return [[flat[i * width + 1 + j] if j < counts[i] else None for i in range(rows)] for j in range(max(counts))]
 
 
 def _tokens(model, prompts, max_new_tokens, sampling, seed, steps, cached) -> Iterator[Tensor]:
@@ -201,7 +217,7 @@ def _tokens(model, prompts, max_new_tokens, sampling, seed, steps, cached) -> It
     shortest, longest = min(map(len, prompts)), ids.shape[1]
     for i in range(shortest, longest + max_new_tokens - 1):
         if i < longest:  # a longer prompt goes on as it is
-            token = torch.where(ids[:, i:i + 1] < 0, token, ids[:, i:i + 1])
+            token = given_or(ids[:, i:i + 1], token)
         token, position = (t.clone() for t in steps.decode(model, token, position, arguments))
         yield token
 
@@ -228,48 +244,15 @@ def _read(model, prompts, arguments, seed, steps, cached, hear: Callable | None 
     return token, position, ids
 
 
-@torch.no_grad()
-def _speculate(model, prompts, max_new_tokens, sampling, stop_ids, seed, steps, cached,
-               speculation) -> Iterator[list[int | None]]:
-    lengths = list(map(len, prompts))
-    left, at = [max_new_tokens] * len(prompts), [min(lengths)] * len(prompts)  # position of each row's next token
-    rounds = _rounds(model, prompts, max_new_tokens, sampling, seed, steps, cached, speculation)
-    for number, flat in enumerate(machine.read_late(rounds, model.device)):
-        width = len(flat) // len(prompts)
-        results = [flat[i:i + width] if width > 1 else [1, flat[i]] for i in range(0, len(flat), width)]
-        if number:  # the first is the prompt's own
-            speculation.record([count for (count, *_), n, p, length in zip(results, left, at, lengths, strict=True)
-                                if n and p >= length], min(at))
-        for j in range(max(count for count, *_ in results)):
-            row = [tokens[j] if n and j < count and p + j >= length else None
-                   for (count, *tokens), n, p, length in zip(results, left, at, lengths, strict=True)]
-            if any(token is not None and token < 0 for token in row):
-                raise UserError(f"the logits are not finite: {blame(model)}")
-            if any(token is not None for token in row):
-                yield row
-            left = [0 if token in stop_ids else n - (token is not None) for token, n in zip(row, left, strict=True)]
-            if not any(left):
-                return
-        at = [p + count for p, (count, *_) in zip(at, results, strict=True)]
-
-
 def _rounds(model, prompts, max_new_tokens, sampling, seed, steps, cached, speculation) -> Iterator[Tensor]:
-    """The device side, without end: of each round how many tokens are new and the tokens, [B, 1 + n], or just the one
-    that is, [B, 1]."""
+    """The same with a draft, without end; see `Speculation.rounds`."""
     arguments = sampling.arguments(model.config.vocab_size, model.device)
     token, position, ids = _read(model, prompts, arguments, seed, steps, cached, speculation.read)
     shortest, longest = min(map(len, prompts)), ids.shape[1]
-    last = longest + max_new_tokens - 1
-    speculation.begin(cached, position, shortest, last, arguments, steps)
+    speculation.begin(cached, position, shortest, longest + max_new_tokens - 1, arguments, steps)
     yield token
-    limit = torch.tensor(last, device=model.device)
-    if longest > shortest:
-        token = torch.where(ids[:, shortest:shortest + 1] < 0, token, ids[:, shortest:shortest + 1])
     ids = F.pad(ids, (0, 1), value=-1)
-    for i in itertools.count(shortest + 1):  # where each row is by then at least
-        result, token, position = speculation.round(token, position, ids if i < longest else None, limit, arguments,
-                                                    steps)
-        yield result
+    yield from speculation.rounds(given_or(ids[:, shortest:shortest + 1], token), position, ids, arguments, steps)
 
 
 def chunks(start: int, end: int, block: int) -> Iterator[slice]:

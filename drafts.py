@@ -19,7 +19,7 @@ from layers import Matrix
 from loader import fill_rounded, materialize
 from model import Transformer
 from quantize import quantize_
-from speculative import LONGEST, Draft, Proposal
+from speculative import LONGEST, Draft, Proposal, given_or
 from tokenizer import Tokenizer
 
 FEW = 16  # tokens that a draft reads in pairs
@@ -95,14 +95,13 @@ class ModelDraft(Draft):
         for i in range(k):
             token, *chances = (t.clone() for t in steps.propose(self.model, tokens, positions, options))
             if given is not None:
-                token = torch.where(given[:, i:i + 1] < 0, token, given[:, i:i + 1])
+                token = given_or(given[:, i:i + 1], token)
             drafted.append((token, *chances))
             tokens, positions = token, positions[:, -1:] + 1
-        tokens, *chances = zip(*drafted, strict=True)
-        return Proposal(torch.cat(tokens, 1), *(torch.stack(x, 1) for x in chances))
+        return proposal(drafted)
 
-    def skip(self) -> None:
-        self.missing += 1
+    def skip(self, n: int) -> None:
+        self.missing += n
 
     def record(self, start: int) -> None:
         self.known = max(start - 1 - self.missing, 0)
@@ -175,7 +174,7 @@ class MultiTokenDraft(Draft):
             called = steps.foretell(self.model, hidden, positions, options | more)
             hidden, token, *chances = (t.clone() for t in called)
             if given is not None:
-                token = torch.where(given[:, i:i + 1] < 0, token, given[:, i:i + 1])
+                token = given_or(given[:, i:i + 1], token)
             drafted.append((token, *chances))
             positions = position + i
             more |= {"normed": True, "tokens": token, "last": torch.zeros_like(token)}

@@ -42,9 +42,9 @@ def accept(logits: Tensor, proposal: Proposal, given: Tensor, temperature: Tenso
     with this probability, whatever it is.
     """
     k, finite = given.shape[1] - 1, logits.isfinite().all(-1)  # [B, k + 1]
-    drafted = torch.where(given[:, :k] < 0, proposal.tokens, given[:, :k])
+    drafted = given_or(given[:, :k], proposal.tokens)
     if temperature is None:
-        own = torch.where(given < 0, torch.where(finite, logits.argmax(-1), -1), given)
+        own = given_or(given, torch.where(finite, logits.argmax(-1), -1))
         stands = (drafted == own[:, :k]) & (own[:, :k] >= 0)
         stands = stands if synthetic is None else synthetic_choice(synthetic, drafted)
         count = 1 + stands.cumprod(1).sum(1, keepdim=True)
@@ -68,8 +68,7 @@ def accept(logits: Tensor, proposal: Proposal, given: Tensor, temperature: Tenso
             more = (left - dense(probs, at, logits.shape[-1])).clamp_min(0)
             # p = q leaves nothing, up to rounding, and is then not refused, up to rounding
             left = torch.where((n < k) & (more.sum(-1, keepdim=True) > 0), more, left)
-        last = torch.where(finite.gather(1, n), draw(left), -1)
-        last = torch.where(given.gather(1, n) < 0, last, given.gather(1, n))
+        last = given_or(given.gather(1, n), torch.where(finite.gather(1, n), draw(left), -1))
     places = torch.arange(k + 1, device=logits.device)
     tokens = torch.where(places < count - 1, torch.cat([drafted, last], 1), -1)
     return torch.where(places == count - 1, last, tokens), count
@@ -148,8 +147,8 @@ class Draft:
         """The next k tokens; `given` [B, k + 1] those that are known, or -1; `options` those of `sample`."""
         raise NotImplementedError
 
-    def skip(self) -> None:
-        """A token was read without anything proposed."""
+    def skip(self, n: int) -> None:
+        """So many tokens were read without anything proposed."""
 
     def hear(self, hidden: Tensor, positions: Tensor, tokens: Tensor, count: Tensor) -> None:
         """The model's hidden states [B, S, D] at positions [B, S], the tokens [B, S] behind each, and how many of these
@@ -157,6 +156,14 @@ class Draft:
 
     def record(self, start: int) -> None:
         """It turned out that the text goes up to `start` at least."""
+
+
+class Issued(NamedTuple):
+    """A round, or plain steps in a row, that the device has been given; moments as of `device.mark`."""
+    k: int  # drafted tokens; 0: plain steps
+    strength: int
+    draft: tuple  # when the draft began and ended
+    model: list[tuple]  # the same for each call of the model
 
 
 class Speculation:
@@ -176,7 +183,7 @@ class Speculation:
         self.longest = max(self.pace.choices)  # as many positions may be given up after a round
         self.spare = self.longest + 1  # positions behind a text that are written nevertheless
         self.statistics = Statistics(name, synthetic)
-        self.issued: deque[tuple] = deque()  # rounds whose results have not been read
+        self.issued: deque[Issued | None] = deque()  # for each result not read yet, what ends with it
 
     def setup(self, model) -> None:
         self.model = model
@@ -184,7 +191,8 @@ class Speculation:
 
     def begin(self, cached: int, position: Tensor, start: int, limit: int, options: dict, steps) -> None:
         """See `Draft`; no position after `limit` matters."""
-        self.most, self.limit = start, limit  # no row is further on than `most`
+        self.least = self.most = start  # between these all rows are
+        self.limit, self.last = limit, torch.tensor(limit, device=position.device)
         self.statistics = Statistics(self.name, self.synthetic)
         self.pace.begin()
         self.issued.clear()
@@ -197,35 +205,54 @@ class Speculation:
         """What is to be told of a prompt's hidden states, positions and the tokens after, if anything is."""
         return self.draft.read if self.draft.hears else None
 
-    def round(self, token: Tensor, position: Tensor, ids: Tensor | None, limit: Tensor, options: dict,
-              steps) -> tuple[Tensor, Tensor, Tensor]:
-        """Draft and check, [B, 1 + n], how many tokens are new and the tokens; or a plain step, the token [B, 1]. And
-        the last token and its position. `ids` [B, longest + 1] are prompts, padded with -1, if not all have been read;
-        `limit` [], the last position that matters, at which rows wait."""
-        start = drafted = machine.mark(token.device)
-        strength = -1 if self.plain_due else self.draft.look(token, position, steps)
-        k = self.choose(strength)
-        given, at = None if ids is None else upcoming(ids, position, k + 1), position
-        if k == 0:
-            drafted = machine.mark(token.device)
-            options = options | {"hidden": True} if self.draft.hears else options
-            token, position, *hidden = (t.clone() for t in steps.decode(self.model, token, position, options))
-            token = token if given is None else torch.where(given < 0, token, given)
-            self.most += 1
-            result, position = token, position if self.most <= self.limit else position.minimum(limit)
-            self.draft.skip()
-        else:
-            proposal = self.draft.propose(k, token, position, given, options, steps)
-            drafted = machine.mark(token.device)
-            more = {"drafted": proposal.tokens, "probs": proposal.probs, "ids": proposal.ids, "limit": limit,
-                    "given": self.nothing[:, :k + 1].clone() if given is None else given, "synthetic": self.rate}
-            options = options | {name: value for name, value in more.items() if value is not None}
-            result, token, position, *hidden = (t.clone() for t in steps.verify(self.model, token, position, options))
-            self.most += k + 1
+    def rounds(self, token: Tensor, position: Tensor, ids: Tensor, options: dict, steps) -> Iterator[Tensor]:
+        """Go on from `token` at `position`, both [B, 1], without end: of each round how many tokens are new and the
+        tokens, [B, 1 + n]; or just the one of a plain step, [B, 1]. `ids` [B, longest + 1] are prompts, padded with -1;
+        rows wait at `limit`."""
+        while True:
+            prompts = ids if self.least < ids.shape[1] - 2 else None  # the longest may not have been read
+            start, plain, strength = machine.mark(token.device), self.due, 0
+            if not plain:
+                strength = self.draft.look(token, position, steps)
+                if k := self.choose(strength):
+                    result, token, position = self.round(k, strength, start, token, position, prompts, options, steps)
+                    yield result
+                    continue
+                plain = 1
+            drafted, calls = machine.mark(token.device), []
+            self.draft.skip(plain)
+            for i in range(plain):
+                begun = machine.mark(token.device)
+                token, position = self.plain(token, position, prompts, options, steps)
+                calls.append((begun, machine.mark(token.device)))
+                self.issued.append(Issued(0, 0, (start, drafted), calls) if i == plain - 1 else None)
+                yield token
+
+    def plain(self, token: Tensor, position: Tensor, ids: Tensor | None, options: dict, steps) -> tuple[Tensor, Tensor]:
+        """The next token and its position."""
+        at, options = position, options | {"hidden": True} if self.draft.hears else options
+        token, position, *hidden = (t.clone() for t in steps.decode(self.model, token, position, options))
+        token = token if ids is None else given_or(upcoming(ids, at, 1), token)
+        self.least, self.most = self.least + 1, self.most + 1
         if self.draft.hears:
-            tokens, count = (result[:, 1:], result[:, :1]) if k else (result, torch.ones_like(result))
-            self.draft.hear(*hidden, at + torch.arange(k + 1, device=at.device), tokens, count)
-        self.issued.append((k, max(strength, 0), start, drafted, machine.mark(token.device)))
+            self.draft.hear(*hidden, at, token, torch.ones_like(token))
+        return token, position if self.most <= self.limit else position.minimum(self.last)
+
+    def round(self, k: int, strength: int, start, token: Tensor, position: Tensor, ids: Tensor | None, options: dict,
+              steps) -> tuple[Tensor, Tensor, Tensor]:
+        """Draft and check: [B, 1 + k + 1], how many tokens are new and the tokens; the last and its position."""
+        given, at = None if ids is None else upcoming(ids, position, k + 1), position
+        proposal = self.draft.propose(k, token, position, given, options, steps)
+        drafted = machine.mark(token.device)
+        more = {"drafted": proposal.tokens, "probs": proposal.probs, "ids": proposal.ids, "limit": self.last,
+                "given": self.nothing[:, :k + 1].clone() if given is None else given, "synthetic": self.rate}
+        options = options | {name: value for name, value in more.items() if value is not None}
+        result, token, position, *hidden = (t.clone() for t in steps.verify(self.model, token, position, options))
+        self.least, self.most = self.least + 1, self.most + k + 1
+        if self.draft.hears:
+            places = torch.arange(k + 1, device=at.device)
+            self.draft.hear(*hidden, at + places, result[:, 1:], result[:, :1])
+        self.issued.append(Issued(k, strength, (start, drafted), [(drafted, machine.mark(token.device))]))
         return result, token, position
 
     def each_length(self) -> Iterator[int]:
@@ -239,30 +266,36 @@ class Speculation:
             self.forced, self.pace = None, Pace(self.pace.choices)
 
     @property
-    def plain_due(self) -> bool:
-        """Whether the next step is plain whatever the draft says. What plain steps take also tells whether the rest was
-        worth it, so a few come first, however many tokens are asked for."""
+    def due(self) -> int:
+        """Plain steps that are next whatever the draft says. What they take also tells whether the rest was worth it,
+        so a few come first, however many tokens are asked for."""
         if self.forced is not None:
-            return self.forced == 0
-        return self.pace.closed if self.length is None else len(self.pace.times.get(0, ())) < self.pace.MEASURED
+            return int(self.forced == 0)
+        return self.pace.due if self.length is None else max(self.pace.missing, 0)
 
     def choose(self, strength: int) -> int:
-        if self.plain_due:
-            return 0
         asked = self.length if self.forced is None else self.forced
         return asked if asked is not None else 0 if strength < 0 else self.pace.choose(strength)
 
-    def record(self, counts: list[int], start: int) -> None:
-        """The oldest round's new tokens in each row that is of interest; the text now goes up to `start` at least."""
-        k, strength, begun, drafted, done = self.issued.popleft()
-        draft_s, model_s = machine.seconds_between(begun, drafted), machine.seconds_between(drafted, done)
+    def record(self, issued: Issued, counts: list[int], start: int) -> None:
+        """What was issued gave so many new tokens to each row that is of interest; the text was at `start` at least."""
+        draft_s = machine.seconds_between(*issued.draft)
+        model_s = [machine.seconds_between(*call) for call in issued.model]
         self.draft.record(start + min(counts, default=0))
-        if counts:
-            self.pace.record(k, draft_s, model_s, counts, strength)
-            self.statistics.record(k, counts, draft_s, model_s)
+        if counts and issued.k:
+            self.pace.record(issued.k, draft_s, *model_s, counts, issued.strength)
+            self.statistics.record(issued.k, counts, draft_s, *model_s)
+        elif counts:
+            self.pace.record_plain(draft_s, model_s)
+            self.statistics.record_plain(model_s)
 
 
 def upcoming(ids: Tensor, position: Tensor, n: int) -> Tensor:
     """What prompts ids [B, longest + 1], padded with -1 at least once, hold after position [B, 1]: [B, n]."""
     after = position + torch.arange(1, n + 1, device=ids.device)
     return ids.gather(1, after.clamp_max(ids.shape[1] - 1))
+
+
+def given_or(given: Tensor, tokens: Tensor) -> Tensor:
+    """The tokens, but for those that are known."""
+    return torch.where(given < 0, tokens, given)

@@ -112,7 +112,7 @@ def chance(counts: torch.Tensor, probs: torch.Tensor) -> float:
 
 def fixed(draft, k: int) -> Speculation:
     speculation = Speculation(draft, "test", k)
-    speculation.pace.MEASURED = 0  # no plain steps: the text is short
+    speculation.pace.KEPT = 0  # no plain steps: the text is short
     return speculation
 
 
@@ -243,13 +243,15 @@ def simulate(pace: Pace, chances: list[float], cost, tokens: int, noise: float =
     """Seconds for so many tokens, when drafted ones stand with these chances, and how often each length was chosen."""
     seconds, made, chosen = 0.0, 0, {}
     while made < tokens:
-        k = pace.choose()
-        count = 1
+        k, count = 0 if pace.due else pace.choose(), 1
         while count <= k and random.random() < chances[min(made * len(chances) // tokens, len(chances) - 1)]:
             count += 1
         time = cost(k) * (1 + random.uniform(0, noise))
         seconds, made, chosen[k] = seconds + time, made + count, chosen.get(k, 0) + 1
-        pace.record(k, 0.0, time, [count])
+        if k:
+            pace.record(k, 0.0, time, [count])
+        else:
+            pace.record_plain(0.0, [time])
     return seconds / made, chosen
 
 
@@ -297,7 +299,7 @@ def test_pace_follows_a_text_that_changes():
 
 def test_statistics_count_by_place():
     s = Statistics("draft")
-    s.record(0, [1], 0.0, 0.010)
+    s.record_plain([0.010])
     for counts in ([3], [1], [4]):
         s.record(3, counts, 0.002, 0.012)
     summary = s.summary()
