@@ -34,6 +34,7 @@ from families import config_from_dict, config_of_shape
 from loader import load_weights, random_weights
 from metrics import Sample, describe, measure
 from model import Transformer
+from pace import Pace
 from packed import map_packed, packed_file, save_packed
 from quantize import quantize_
 from sampling import Sampling
@@ -250,9 +251,10 @@ def compile_steps(args, model: Transformer, sampling: Sampling, length: int = 2,
 
 def warm_up(model: Transformer, steps: Steps, sampling: Sampling, size: int = 2,
             speculation: Speculation | None = None) -> None:
-    """Run every step on a prompt of `size` tokens until it runs as it will."""
+    """Run every step on a prompt of `size` tokens until it runs as it will, and it is known how long it takes."""
+    calls = machine.warm_up_calls(model.device) + (Pace.MEASURED if speculation else 0)
     for drafted in speculation.each_length() if speculation else [0]:
-        tokens = 1 + machine.warm_up_calls(model.device) * (drafted + 1)
+        tokens = 1 + calls * (drafted + 1)
         for _ in generate(model, [0] * size, min(tokens, model.config.max_seq_len - size), sampling, steps=steps,
                           speculation=speculation):
             pass

@@ -18,7 +18,7 @@ class Pace:
     While it is too large there is no use in asking a draft, and plain steps are `due`.
     """
 
-    PAID, CREDIT, LIMIT = 0.01, 20.0, 2.0  # of a plain step's time: what one pays off; savings kept; the largest debt
+    PAID, CREDIT, LIMIT = 0.01, 20.0, 3.0  # of a plain step's time: what one pays off; savings kept; the largest debt
     AHEAD = 32  # plain steps in a row without another look
     KEPT, MEASURED = 7, 3  # times of a kind, the latest; as many as are believed
     STALE, AGAIN = 64, 4  # rounds without a plain step, after which so many are timed: the first meets cold caches
@@ -80,6 +80,8 @@ class Pace:
         if self.since >= self.STALE:
             return self.AGAIN
         plain, least = self.costs[0], self.cost(self.choices[0])
+        if all((k + 1) * plain < self.GAIN * self.cost(k) for k in self.choices):
+            return self.AHEAD  # too slow a draft for any text
         over = self.debt + least - plain - self.LIMIT * plain if self.promising else self.debt
         return min(max(math.ceil(over / (self.PAID * plain)), 0), self.AHEAD)
 
@@ -91,6 +93,11 @@ class Pace:
         if worth[best] > self.GAIN:
             return best
         return least if self.debt <= 0 else 0
+
+    def forget(self) -> None:
+        """What was seen of texts, but not the times: for after a warm-up."""
+        self.shares, self.promising, self.since = {}, True, 0
+        self.begin()
 
     def begin(self) -> None:
         """A new text, which neither pays for the last one nor lives on its savings."""

@@ -257,13 +257,14 @@ class Speculation:
 
     def each_length(self) -> Iterator[int]:
         """Every number of drafted tokens that may be chosen, and while it is the current one no other is: so all steps
-        can be compiled and run before they count. What was measured is forgotten."""
+        can be compiled and run before they count. What was seen of the texts is forgotten, but not the times."""
         try:
             for k in (0, *self.pace.choices):
                 self.forced = k
                 yield k
         finally:
-            self.forced, self.pace = None, Pace(self.pace.choices)
+            self.forced = None
+            self.pace.forget()
 
     @property
     def due(self) -> int:
