@@ -80,8 +80,8 @@ class Pace:
         if self.since >= self.STALE:
             return self.AGAIN
         plain, least = self.costs[0], self.cost(self.choices[0])
-        if all((k + 1) * plain < self.GAIN * self.cost(k) for k in self.choices):
-            return self.AHEAD  # too slow a draft for any text
+        if all((k + 1) * plain < min(self.times.get(k) or [0.0]) for k in self.choices):
+            return self.AHEAD  # too slow a draft for any text, even in its best time
         over = self.debt + least - plain - self.LIMIT * plain if self.promising else self.debt
         return min(max(math.ceil(over / (self.PAID * plain)), 0), self.AHEAD)
 

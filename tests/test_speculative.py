@@ -288,6 +288,17 @@ def test_an_accident_is_no_verdict():
     assert chosen[0] < sum(chosen.values()) / 4
 
 
+def test_a_draft_too_slow_for_any_text_is_known_from_the_warm_up_and_never_asked():
+    for cost, asked in ((5.0, False), (1.5, True)):
+        pace = Pace((1, 3))
+        for k in (0, 1, 3):
+            for _ in range(4):
+                pace.record(k, 0.0, cost, [k + 1]) if k else pace.record_plain(0.0, [1.0])
+        pace.forget()
+        _, chosen = simulate(pace, [1.0], lambda k, cost=cost: cost if k else 1.0, 200)
+        assert (chosen.keys() != {0}) == asked
+
+
 def test_pace_follows_a_text_that_changes():
     seconds, _ = simulate(Pace((1, 3, 5)), [0.0, 0.95], drafting, 4000)
     assert seconds < 0.85  # plain steps all along would be 1, knowing it all 0.69
