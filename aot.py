@@ -140,10 +140,11 @@ def build(bound: Bound, inputs: tuple[Tensor, ...], options: dict[str, Tensor], 
     machine.configure_compiler(torch.device("cpu"))
     from torch._inductor import aoti_compile_and_package
     folder = machine.kept_folder(FOLDER) if kept else None
-    made = Path(tempfile.mkdtemp(dir=folder), path.name)
+    made, caches = Path(tempfile.mkdtemp(dir=folder), path.name), bound.model.cache_size
     try:
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             program = torch.export.export(bound, inputs, options, strict=False)
+            bound.model.cache_size = caches  # an equal tuple took its place, and would mean new buffers
             aoti_compile_and_package(program, package_path=str(made), inductor_configs=settings | {
                 "aot_inductor.package_constants_in_so": False,  # no weight is copied into the file
                 "always_keep_tensor_constants": True})  # nor are the numbers of a small one into the code

@@ -23,7 +23,7 @@ class Pace:
     KEPT, MEASURED = 7, 3  # times of a kind, the latest; as many as are believed
     STALE, AGAIN = 64, 4  # rounds without a plain step, after which so many are timed: the first meets cold caches
     MEMORY = 0.9  # of older rounds in the shares
-    UNKNOWN = 0.5, 1.0  # the share where nothing is known yet, and how much that weighs
+    UNKNOWN = 0.9, 1.0  # the share where nothing is known yet, and how much that weighs
     HOPE = 0.05  # of a plain step, what a drafted token costs as long as that is not known
     GAIN = 1.02  # what speculation must promise
 
@@ -80,8 +80,8 @@ class Pace:
         if self.since >= self.STALE:
             return self.AGAIN
         plain, least = self.costs[0], self.cost(self.choices[0])
-        if all((k + 1) * plain < min(self.times.get(k) or [0.0]) for k in self.choices):
-            return self.AHEAD  # too slow a draft for any text, even in its best time
+        if all((k + 1) * plain < self.cost(k) for k in self.choices):
+            return self.AHEAD  # too slow a draft for any text
         over = self.debt + least - plain - self.LIMIT * plain if self.promising else self.debt
         return min(max(math.ceil(over / (self.PAID * plain)), 0), self.AHEAD)
 
@@ -92,11 +92,14 @@ class Pace:
         best = max((k for k in self.choices if k == least or self.affordable(k)), key=worth.__getitem__)
         if worth[best] > self.GAIN:
             return best
-        return least if self.debt <= 0 else 0
+        return least if self.debt <= 0 or strength not in self.shares else 0
 
     def forget(self) -> None:
-        """What was seen of texts, but not the times: for after a warm-up."""
+        """What was seen of texts, but not the times: for after a warm-up. Its first calls are slow, its best counts."""
         self.shares, self.promising, self.since = {}, True, 0
+        for k, times in self.times.items():
+            self.costs[k] = min(times)
+            self.times[k] = deque([min(times)] * self.MEASURED, self.KEPT)
         self.begin()
 
     def begin(self) -> None:
@@ -116,7 +119,7 @@ class Pace:
             return
         self.since += 1
         plain, usual = self.costs[0], self.costs[k]  # what takes far longer was held up by something else
-        took = min(draft_s + model_s, 2 * usual if len(self.times[k]) > 1 else usual)
+        took = min(draft_s + model_s, 2 * usual if len(self.times[k]) > 1 else (1 + self.LIMIT) * plain)
         lost = took - sum(counts) / len(counts) * plain
         self.debt = max(self.debt + lost, -self.CREDIT * plain)
         shares = self.shares.setdefault(strength, [])

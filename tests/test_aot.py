@@ -62,7 +62,9 @@ def check(compiled: AheadOfTime, model: Counter) -> None:
 @torch.no_grad()
 def test_one_package_serves_all_weights_caches_and_processes_of_a_shape(empty_cache, monkeypatch, capfd):
     compiled, model, other = AheadOfTime(step), Counter(), Counter()
+    size = model.cache_size
     check(compiled, model)
+    assert model.cache_size is size  # or all that was compiled so far would be loaded again
     kept = list(empty_cache.iterdir())
     assert len(kept) == 1 and kept[0].suffix == ".pt2" and "once" in capfd.readouterr().err
     monkeypatch.setattr(aot, "build", None)  # nothing more is to be made
