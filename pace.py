@@ -23,7 +23,7 @@ class Pace:
     KEPT, MEASURED = 7, 3  # times of a kind, the latest; as many as are believed
     STALE, AGAIN = 64, 4  # rounds without a plain step, after which so many are timed: the first meets cold caches
     MEMORY = 0.9  # of older rounds in the shares
-    UNKNOWN = 0.9, 1.0  # the share where nothing is known yet, and how much that weighs
+    UNKNOWN = 0.5, 1.0  # the share where nothing is known yet, and how much that weighs
     HOPE = 0.05  # of a plain step, what a drafted token costs as long as that is not known
     GAIN = 1.02  # what speculation must promise
 
@@ -88,11 +88,14 @@ class Pace:
     def choose(self, strength: int = 0) -> int:
         """How many tokens to draft now, when no plain step is due; `strength`: what the draft thinks of itself, 0 where
         it cannot tell."""
-        least, worth = self.choices[0], self.worth(strength)
+        least = self.choices[0]
+        if strength not in self.shares:
+            return least
+        worth = self.worth(strength)
         best = max((k for k in self.choices if k == least or self.affordable(k)), key=worth.__getitem__)
         if worth[best] > self.GAIN:
             return best
-        return least if self.debt <= 0 or strength not in self.shares else 0
+        return least if self.debt <= 0 else 0
 
     def forget(self) -> None:
         """What was seen of texts, but not the times: for after a warm-up. Its first calls are slow, its best counts."""
