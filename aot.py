@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import device as machine
+from collectives import once_per_node
 
 ROOT = Path(__file__).parent
 FOLDER = "packages"
@@ -80,7 +81,9 @@ def load(bound: Bound, inputs: tuple[Tensor, ...], options: dict[str, Tensor],
          settings: dict) -> Callable[[list], list]:
     """The package for such a call, made if there is none; it reads and writes the model's own tensors."""
     kept, path = package_of(bound, inputs, options, settings)
-    if not path.is_file():
+    if kept:
+        once_per_node(lambda: path.is_file() or build(bound, inputs, options, settings, path, kept))
+    else:
         path = build(bound, inputs, options, settings, path, kept)
     with contextlib.suppress(OSError):
         os.utime(path)

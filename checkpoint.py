@@ -2,6 +2,8 @@
 
 `NAMES` is the table from our parameters to the names in the files. Opening a folder reads and checks the headers only.
 """
+import bisect
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -136,6 +138,18 @@ class Stored(NamedTuple):
     dtype: str
 
 
+class Part(NamedTuple):
+    """What is wanted of a parameter: some rows of a matrix [..., out, in] or vector, in this order, some of its
+    columns, or nothing, and zeros instead."""
+    rows: list[slice] | None = None  # None: all
+    columns: tuple[int, int] | None = None  # the i-th of n equal parts; None: all
+    absent: bool = False
+
+    def columns_of(self, width: int) -> slice:
+        i, n = self.columns or (0, 1)
+        return slice(width * i // n, width * (i + 1) // n)
+
+
 def matrix(shape: tuple[int, ...], column: bool = False) -> tuple[int, int]:
     """A shape as that of a matrix: leading dimensions as rows, a vector (and whatever is a `column`) as a column."""
     width = shape[-1] if len(shape) > 1 and not column else 1
@@ -222,10 +236,10 @@ class Checkpoint:
         stored = self.tensors[name]
         target.copy_(self.file_of(stored, target.nbytes).get_tensor(stored.name).view_as(target))
 
-    def part(self, name: str, i: int) -> torch.Tensor:
-        """The i-th of the tensor's leading dimension."""
+    def part(self, name: str, i: int, *inner: slice) -> torch.Tensor:
+        """The i-th of the tensor's leading dimension, or what is wanted of that."""
         stored = self.tensors[name]
-        return self.file_of(stored, 4 * math.prod(stored.shape[1:])).get_slice(stored.name)[i]
+        return self.file_of(stored, 4 * math.prod(stored.shape[1:])).get_slice(stored.name)[(i, *inner)]
 
     def whole(self, name: str) -> torch.Tensor:
         """One tensor as it is."""
@@ -242,6 +256,37 @@ class Checkpoint:
             for start in range(0, height, step):
                 part = self.file_of(stored, 4 * step * width).get_slice(stored.name)
                 yield (part[e, start:start + step] if len(stored.shape) == 3 else part[start:start + step])
+
+    def parts(self, names: list[str], matrices: int, part: Part, column: bool = False) -> Iterator[torch.Tensor]:
+        """The wanted rows, in blocks [r, width], of so many matrices on top of each other that tensors make up."""
+        shapes = [matrix(self.tensors[name].shape, column) for name in names]
+        starts = [0, *itertools.accumulate(rows for rows, _ in shapes)]
+        height = starts[-1] // matrices
+        for e in range(matrices):
+            for wanted in part.rows or [slice(0, height)]:
+                first, last = e * height + wanted.start, e * height + wanted.stop
+                for i in range(bisect.bisect_right(starts, first) - 1, len(names)):
+                    if first >= last:
+                        break
+                    end = min(last, starts[i + 1])
+                    yield from self.piece(names[i], first - starts[i], end - starts[i], part, column)
+                    first = end
+
+    def piece(self, name: str, first: int, last: int, part: Part, column: bool) -> Iterator[torch.Tensor]:
+        """Rows first to last of a tensor as a matrix, which do not cross the end of an expert, in blocks."""
+        stored = self.tensors[name]
+        _, width = matrix(stored.shape, column)
+        leading = stored.shape if width == 1 else stored.shape[:-1]
+        inner = math.prod(leading[1:]) if len(leading) > 1 else 0  # rows of an expert
+        columns = part.columns_of(width) if width > 1 else slice(0, 1)
+        itemsize = STORED.get(stored.dtype, QUANTIZED.get(stored.dtype)).itemsize
+        for start in range(first, last, step := max(1, BLOCK // width)):
+            end = min(start + step, last)
+            file = self.file_of(stored, (end - start) * (columns.stop - columns.start) * itemsize)
+            e, row = divmod(start, inner) if inner > 1 else (start, 0)
+            where = (e, slice(row, row + end - start)) if inner > 1 else (slice(start, end), *[0] * (len(leading) - 1))
+            found = file.get_slice(stored.name)[(*where, columns) if width > 1 else where]
+            yield found.reshape(end - start, -1)
 
     def sources(self, parameter: str, experts: int) -> list[str]:
         """The tensors that make up one of our parameters; those of the table's first line if none are there."""

@@ -19,7 +19,8 @@ from aot import compiled
 from errors import UserError
 from model import Transformer
 from sampling import Sampling, distribution, draw, sample
-from speculative import Proposal, Speculation, accept, given_or, lookup
+from speculative import Proposal, Speculation, accept, given_or, greedy, lookup
+from tp import candidates
 
 PREFILL_CHUNK = 512  # tokens in one prefill call: bounds memory for activations and masks
 
@@ -28,8 +29,13 @@ PREFILL_CHUNK = 512  # tokens in one prefill call: bounds memory for activations
 
 def _step(model: Transformer, tokens: Tensor, positions: Tensor, options: dict) -> tuple[Tensor, ...]:
     x = model.hidden(tokens.clamp_min(0), positions)  # -1 ends a text, but only once it has been read
-    token = sample(model.logits(x[:, -1]), options["temperature"], options["top_k"], options["top_p"])
+    logits, ids = _candidates(model, model.logits(x[:, -1]), options)
+    token = sample(logits, options["temperature"], options["top_k"], options["top_p"], ids)
     return (token, positions[:, -1:] + 1, x) if options.get("hidden") else (token, positions[:, -1:] + 1)
+
+
+def _candidates(model: Transformer, logits: Tensor, options: dict) -> tuple[Tensor, Tensor | None]:
+    return candidates(model, logits, 1 if options["temperature"] is None else options["top_k"])
 
 
 def prefill(model: Transformer, tokens: Tensor, positions: Tensor, options: dict) -> tuple[Tensor, ...]:
@@ -55,9 +61,10 @@ def verify(model: Transformer, token: Tensor, position: Tensor, options: dict) -
     drafted, given = options["drafted"], options["given"]
     tokens = torch.cat([token, given_or(given[:, :-1], drafted)], 1).clamp_min(0)
     x = model.hidden(tokens, position + torch.arange(tokens.shape[1], device=token.device))
+    logits, ids = _candidates(model, model.logits(x), options)
     accepted, count = accept(
-        model.logits(x), Proposal(drafted, options.get("probs"), options.get("ids")), given, options["temperature"],
-        options["top_k"], options["top_p"], options.get("synthetic"))
+        logits, Proposal(drafted, options.get("probs"), options.get("ids")), given, options["temperature"],
+        options["top_k"], options["top_p"], options.get("synthetic"), ids, model.config.vocab_size)
     return (torch.cat([count, accepted], 1), accepted.gather(1, count - 1),
             (position + count).minimum(options["limit"]), x)
 
@@ -68,7 +75,7 @@ def propose(model: Transformer, tokens: Tensor, positions: Tensor, options: dict
 
     options: those of `sample`, and `vocab_size` of the model that the tokens are for: families pad tables differently.
     """
-    return _guess(model(tokens.clamp_min(0), positions), options)
+    return _guess(model, model(tokens.clamp_min(0), positions), options)
 
 
 def foretell(model: Transformer, hidden: Tensor, positions: Tensor, options: dict) -> tuple[Tensor, ...]:
@@ -78,14 +85,19 @@ def foretell(model: Transformer, hidden: Tensor, positions: Tensor, options: dic
     hidden = hidden if options["normed"] else model.norm(hidden)
     x = model.draft_hidden(hidden, options["tokens"].clamp_min(0), positions)
     x = x.gather(1, options["last"][..., None].expand(-1, -1, x.shape[-1]))
-    return x, *_guess(model.head(x[:, 0]), options)
+    return x, *_guess(model, model.head(x[:, 0]), options)
 
 
-def _guess(logits: Tensor, options: dict) -> tuple[Tensor, ...]:
-    logits = F.pad(logits, (0, options["vocab_size"] - logits.shape[-1]), value=float("-inf"))
+def _guess(model: Transformer, logits: Tensor, options: dict) -> tuple[Tensor, ...]:
+    (logits, ids), vocab_size = _candidates(model, logits, options), options["vocab_size"]
+    if ids is None:
+        logits = F.pad(logits, (0, vocab_size - logits.shape[-1]), value=float("-inf"))
+    elif model.config.vocab_size > vocab_size:
+        logits = logits.masked_fill(ids >= vocab_size, torch.finfo(logits.dtype).min)
+        ids = ids.clamp_max(vocab_size - 1)
     if options["temperature"] is None:
-        return (logits.argmax(-1, keepdim=True),)
-    probs, ids = distribution(logits, options["temperature"], options["top_k"], options["top_p"])
+        return (greedy(logits, ids)[:, None],)
+    probs, ids = distribution(logits, options["temperature"], options["top_k"], options["top_p"], ids)
     token = draw(probs)
     return (token, probs) if ids is None else (ids.gather(1, token), probs, ids)
 

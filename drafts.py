@@ -21,6 +21,7 @@ from model import Transformer
 from quantize import quantize_
 from speculative import LONGEST, Draft, Proposal, given_or
 from tokenizer import Tokenizer
+from tp import build, whole_config
 
 FEW = 16  # tokens that a draft reads in pairs
 ROWS = 4096  # of a matrix, rounded at a time
@@ -205,7 +206,7 @@ def int4_copy(model: Transformer, pack: bool) -> Transformer:
                         f"take another draft, or a less rounded model")
     quantization = Quantization("int4")
     with torch.device("meta"):
-        copy = Transformer(dataclasses.replace(model.config, quantization=quantization, mtp=False)).eval()
+        copy = build(dataclasses.replace(whole_config(model), quantization=quantization, mtp=False)).eval()
     quantize_(copy, quantization)
     for name, module, tensors in materialize(copy, model.device, model.dtype, pack):
         source = model.get_submodule(name)

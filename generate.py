@@ -25,7 +25,9 @@ import torch
 import chat
 import device as machine
 import ops
+import tp
 from checkpoint import resolve_checkpoint
+from collectives import alike, joined, once_per_node, share_memory, told, world
 from config import ModelConfig, Quantization, read_json
 from decoding import Steps, chunks, compiled_steps, generate, prepare
 from drafts import LookupDraft, ModelDraft, MultiTokenDraft, SelfDraft, int4_copy, require_same_vocabulary
@@ -49,8 +51,8 @@ DEMO_PROMPT = "import argparse\nimport json\n\n\ndef main():\n    "
 
 def build(config: ModelConfig, device: str, dtype: str, quantize: str | None,
           mtp: bool = False) -> tuple[Transformer, dict]:
-    """The model on the meta device, and how it is to be loaded: device, dtype, and whether into a packed layout.
-    `mtp`: with its head for multi-token prediction.
+    """The model, or this rank's share, on the meta device, and how it is to be loaded: device, dtype, whether into a
+    packed layout, and the whole model if this is a share. `mtp`: with its head for multi-token prediction.
 
     Only 16-bit activations are worth a packed layout's rounding of them to 8 bits; float32 is for exactness.
     """
@@ -62,13 +64,18 @@ def build(config: ModelConfig, device: str, dtype: str, quantize: str | None,
     config = dataclasses.replace(config, mtp=mtp)
     where = machine.choose_device(device)
     weights_dtype = machine.choose_dtype(dtype, config.dtype, where)
+    if where.type == "cpu" and world.size > 1:
+        once_per_node(lambda: ops.packs("cpu"))  # built by one
+        if ops.packs("cpu"):
+            share_memory()
     ops.bind(where.type, weights_dtype)
     with torch.device("meta"):
-        model = Transformer(config).eval()
-    if config.quantization:
-        quantize_(model, config.quantization)
+        model = tp.build(config).eval()
+        whole = {"whole": Transformer(config).eval()} if isinstance(model, tp.CutTransformer) else {}
+    for each in (model, *whole.values()) if config.quantization else ():
+        quantize_(each, config.quantization)
     pack = config.quantization is not None and weights_dtype != torch.float32 and ops.packs(where.type)
-    return model, dict(device=where, dtype=weights_dtype, pack=pack)
+    return model, dict(device=where, dtype=weights_dtype, pack=pack) | whole
 
 
 def load_model(checkpoint_path: str | Path, device: str = "auto", dtype: str = "auto",
@@ -97,7 +104,7 @@ def load_random(shape: str, device: str = "auto", dtype: str = "auto", seed: int
                 quantize: str | None = None, mtp: bool = False) -> Transformer:
     """A model of a named shape, or of a config.json, with random weights."""
     model, how = build(config_of_shape(shape), device, dtype, quantize, mtp)
-    random_weights(model, seed=seed, **how)
+    random_weights(model, how["device"], how["dtype"], seed, how["pack"])
     return model
 
 
@@ -137,13 +144,14 @@ def run_sample(model: Transformer, tokenizer: Tokenizer | None, prompt: list[int
     """Generate once, streaming the prompt (if `echo`) and its continuation to `write`; Ctrl-C ends it and keeps the
     numbers. `options` are those of `generate`."""
     stream, stops = (Stream(tokenizer, prompt), tokenizer.stop_ids) if tokenizer else (None, frozenset())
-    tokens, times, pieces, stop = [], [], [], "length"
+    tokens, times, pieces, stop, waited = [], [], [], "length", 0.0
     machine.synchronize(model.device)
     start = time.perf_counter()
     try:
         for token in generate(model, prompt, stop_ids=stops, **options):
             times.append(time.perf_counter())
             if not tokens:  # not before: an error line should not follow half a text
+                waited = world.seconds
                 write(tokenizer.decode(prompt) if tokenizer and echo else "")
             tokens.append(token)
             if token in stops:
@@ -151,11 +159,15 @@ def run_sample(model: Transformer, tokenizer: Tokenizer | None, prompt: list[int
             pieces.append(stream.push(token) if stream else f"{token} ")
             write(pieces[-1])
     except KeyboardInterrupt:
+        if world.size > 1:  # ranks were stopped at different tokens, and cannot go on together
+            raise
         stop = "interrupt"
     if stream:
         pieces.append(stream.flush())
         write(pieces[-1])
     sample = measure(model, prompt, tokens, "".join(pieces), stop, start, times, options.get("cached", 0))
+    if world.seconds > waited and len(times) > 1:
+        sample.sums_pct = 100 * (world.seconds - waited) / (times[-1] - times[0])
     if options.get("speculation"):
         sample.speculation = options["speculation"].statistics.summary()
         sample.gb_s = None  # weights are read once a round, not once a token
@@ -288,12 +300,19 @@ def talk(args, model: Transformer, tokenizer: Tokenizer, sampling: Sampling) -> 
         print(describe(sample), file=sys.stderr)
         return sample
 
-    chat.interact(model, chat.Conversation(tokenizer), reply, args.max_new_tokens, spare=spare)
+    chat.interact(model, chat.Conversation(tokenizer), reply, args.max_new_tokens, spare=spare,
+                  ask=lambda prompt: told(lambda: input(prompt)))
     return 0
 
 
 def main(argv: list[str]) -> int:
-    args = parser().parse_args(argv)
+    with alike():
+        args = parser().parse_args(argv)
+    with joined(args.device):
+        return run(args)
+
+
+def run(args) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     if args.num_samples < 1:
         raise UserError(f"--num_samples is {args.num_samples}; it must be at least 1")
@@ -319,7 +338,8 @@ def main(argv: list[str]) -> int:
         write_text("\n")
         if samples[-1].stop == "interrupt":
             break
-    report(args, model, samples, load_s, compile_s)
+    if world.rank == 0:
+        report(args, model, samples, load_s, compile_s)
     if args.profile and samples[-1].stop != "interrupt":
         profile(args.profile, model, prompt, seed=args.seed, **options)
     return 130 if samples[-1].stop == "interrupt" else 0
@@ -329,15 +349,17 @@ def report(args, model: Transformer, samples: list[Sample], load_s: float, compi
     """Numbers to stderr, and with --json to the last line of stdout."""
     peak = machine.peak_memory(model.device)  # before the bandwidth probe, which needs memory of its own
     bandwidth = machine.read_bandwidth(model.device)
+    alone = world.local_size == 1 or model.device.type != "cpu"  # ranks of a CPU share what one was probed for
     for measured in samples:
-        if measured.gb_s is not None:
+        if measured.gb_s is not None and alone:
             measured.bandwidth_pct = 100 * measured.gb_s * 1e9 / bandwidth
     name, dtype = args.random_weights or args.checkpoint_path or "demo", str(model.dtype).removeprefix("torch.")
     cached = f" ({machine.compile_cache_state()} cache)" if compile_s else ""
     threads = torch.get_num_threads()
     dtype_shown = f"{dtype}, {model.config.quantization}" if model.config.quantization else dtype
+    rank = f"; rank 0 of {world.size}" if world.size > 1 else ""
     print(f"{name}, {dtype_shown}, on {machine.device_name(model.device)} ({model.device}, {threads} threads, "
-          f"torch {torch.__version__})\nload {load_s:.2f} s, compile {compile_s:.2f} s{cached}, "
+          f"torch {torch.__version__}{rank})\nload {load_s:.2f} s, compile {compile_s:.2f} s{cached}, "
           f"peak memory {(peak or 0) / 1e9:.2f} GB, read bandwidth {bandwidth / 1e9:.1f} GB/s", file=sys.stderr)
     for measured in samples:
         print(describe(measured), file=sys.stderr)
@@ -345,8 +367,8 @@ def report(args, model: Transformer, samples: list[Sample], load_s: float, compi
         print(json.dumps({
             "model": name, "device": str(model.device), "dtype": dtype,
             "quantization": str(model.config.quantization) if model.config.quantization else None,
-            "torch": torch.__version__, "threads": threads, "load_s": load_s, "compile_s": compile_s,
-            "peak_memory_bytes": peak, "bandwidth_gb_s": bandwidth / 1e9,
+            "torch": torch.__version__, "threads": threads, "ranks": world.size,
+            "load_s": load_s, "compile_s": compile_s, "peak_memory_bytes": peak, "bandwidth_gb_s": bandwidth / 1e9,
             "samples": [dataclasses.asdict(s) for s in samples]}))
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 import device as machine
-from checkpoint import QUANTIZED, Checkpoint, Stored, is_column, matrix
+from checkpoint import QUANTIZED, Checkpoint, Part, Stored, is_column, matrix
 from errors import UserError
 
 # -- what is read from where ------------------------------------------------------------------------------------------
@@ -84,10 +84,18 @@ def check_turned(parts: list[Stored], p: torch.Tensor) -> None:
                             f"quantization")
 
 
-def read_turned(checkpoint: Checkpoint, names: list[str]) -> Iterator[torch.Tensor]:
+def read_turned(checkpoint: Checkpoint, names: list[str], wanted: Part = Part()) -> Iterator[torch.Tensor]:
     """An expert at a time, [out, in] or [out]; rows of gate and up, where they are, in two halves."""
+    def inner(name: str) -> tuple[slice, ...]:
+        _, *shape = checkpoint.tensors[name].shape
+        first = wanted.rows[0] if wanted.rows else None  # of gate; those of up stand between them
+        rows = slice(2 * first.start, 2 * first.stop) if first else slice(None)
+        if len(names) == 2 or len(shape) == 1:  # [out, in / 32, ...] or [out]
+            return (rows, wanted.columns_of(shape[1]))[:len(shape)]if len(shape) > 1 else (rows,)
+        return wanted.columns_of(shape[0]), rows  # [in, out]
+
     for e in range(checkpoint.tensors[names[0]].shape[0]):
-        parts = [checkpoint.part(name, e) for name in names]
+        parts = [checkpoint.part(name, e, *inner(name)) for name in names]
         part = widen_mxfp4(*parts) if len(parts) == 2 else parts[0].mT if parts[0].dim() == 2 else parts[0]
         yield torch.cat([part[0::2], part[1::2]]) if "gate_up_proj" in names[0] else part
 
@@ -158,14 +166,15 @@ def needed_memory(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype, rounded: bool = False,
-                 pack: bool = False) -> None:
+                 pack: bool = False, whole: nn.Module | None = None) -> None:
     """Fill a model built on the meta device. Peak memory: the weights plus one tensor of the file.
 
     `rounded`: the model is quantized and the folder is not, so its numbers are rounded on the way in. `pack`: quantized
-    matrices get the device's layout.
+    matrices get the device's layout. `whole`: the model, on the meta device, that this one is a rank's share of; only
+    that share is read.
     """
     checkpoint = Checkpoint(folder, model.config.mtp)
-    found = plan(model, checkpoint, rounded)
+    found = plan(whole or model, checkpoint, rounded)
     machine.require_memory(needed_memory(model, dtype), device)
     load_module(model, "", checkpoint, found, device, dtype, pack)
     model.settle(dtype)
@@ -181,7 +190,13 @@ def load_module(model: nn.Module, prefix: str, checkpoint: Checkpoint, found: di
         for leaf, tensor in tensors.items():
             parameter = f"{prefix}{name}.{leaf}" if name else f"{prefix}{leaf}"
             if leaf == "weight" and "scale" in tensors and f"{parameter.removesuffix('weight')}scale" not in found:
-                fill_rounded(parameter, module, tensors, blocks(model, checkpoint, found, parameter), device)
+                wanted = part_of(model, parameter)
+                if wanted.columns and not module.group:  # int8 has one scale to a row, whoever holds which part of it
+                    read, columns = Part(wanted.rows), wanted.columns_of(module.shape[-1] * wanted.columns[1])
+                else:
+                    read, columns = wanted, slice(None)
+                fill_rounded(parameter, module, tensors, blocks(model, checkpoint, found, parameter, read), device,
+                             columns)
             elif parameter in found:
                 fill(model, checkpoint, found, parameter, tensor)
     checkpoint.held = None
@@ -189,39 +204,61 @@ def load_module(model: nn.Module, prefix: str, checkpoint: Checkpoint, found: di
 
 def fill(model: nn.Module, checkpoint: Checkpoint, found: dict[str, list[str]], parameter: str,
          target: torch.Tensor) -> None:
-    """Read one parameter as it is, tensor by tensor of the file."""
+    """Read one parameter, or this rank's part, as it is, tensor by tensor of the file."""
+    wanted = part_of(model, parameter)
+    if wanted.absent:
+        target.zero_()
+        return
     if turned(model, checkpoint, parameter):
-        for part, expert in zip(read_turned(checkpoint, found[parameter]), target, strict=True):
+        for part, expert in zip(read_turned(checkpoint, found[parameter], wanted), target, strict=True):
             expert.copy_(part)
         return
     column = is_column(parameter, target)
-    row, target = 0, target.view(matrix(tuple(target.shape), column))
+    row, matrices = 0, target.shape[0] if target.dim() - column == 2 + (not column) else 1
+    target = target.view(matrix(tuple(target.shape), column))
+    if wanted != Part():
+        for block in checkpoint.parts(found[parameter], matrices, wanted, column):
+            target[row:(row := row + len(block))].copy_(block)
+        target[row:].zero_()  # of the vocabulary's last part
+        return
     for name in found[parameter]:
         rows, _ = matrix(checkpoint.tensors[name].shape, column)
         checkpoint.copy(name, target[row:row + rows])
         row += rows
 
 
-def blocks(model: nn.Module, checkpoint: Checkpoint, found: dict[str, list[str]],
-           parameter: str) -> Iterator[torch.Tensor]:
+def part_of(model: nn.Module, parameter: str) -> Part:
+    """What of it is wanted: all, or this rank's part."""
+    return model.cut.part(parameter) if hasattr(model, "cut") else Part()
+
+
+def blocks(model: nn.Module, checkpoint: Checkpoint, found: dict[str, list[str]], parameter: str,
+           wanted: Part = Part()) -> Iterator[torch.Tensor]:
     """A matrix, or several on top of each other, in blocks of rows [r, inputs] as the file has them."""
     if turned(model, checkpoint, parameter):
-        yield from read_turned(checkpoint, found[parameter])
+        yield from read_turned(checkpoint, found[parameter], wanted)
+        return
+    if wanted != Part():
+        shape = model.get_submodule(parameter.removesuffix(".weight")).shape
+        yield from checkpoint.parts(found[parameter], shape[0] if len(shape) == 3 else 1, wanted)
         return
     for name in found[parameter]:
         yield from checkpoint.rows(name)
 
 
 def fill_rounded(parameter: str, module: nn.Module, tensors: dict[str, torch.Tensor], rows: Iterator[torch.Tensor],
-                 device: torch.device) -> None:
-    """Round rows as they come into the weight and the scale of a quantized matrix. UserError if they cannot be."""
+                 device: torch.device, columns: slice = slice(None)) -> None:
+    """Round rows as they come into the weight and the scale of a quantized matrix, of which only some columns are kept.
+    UserError if they cannot be rounded."""
     weight = tensors["weight"].flatten(0, -2)
     scale = tensors["scale"].view(len(weight), *([-1] if module.group else []))
     start = 0
     for block in rows:
         part = slice(start, start := start + len(block))
-        for target, values in zip((weight, scale), module.round(block.to(device)), strict=True):
-            target[part].copy_(values)
+        numbers, scales = module.round(block.to(device))
+        weight[part].copy_(numbers[:, columns])
+        scale[part].copy_(scales)
+    weight[start:].zero_(), scale[start:].zero_()  # of the vocabulary's last part
     require_finite(parameter, scale)
 
 

@@ -19,6 +19,7 @@ class Sample:
     gb_s: float | None
     bandwidth_pct: float | None = None  # of the measured read bandwidth; filled in when that is known
     speculation: dict | None = None
+    sums_pct: float | None = None  # of decoding, spent in sums over ranks and waiting for them; where it is known
 
 
 def measure(model: Transformer, prompt: list[int], tokens: list[int], text: str, stop: str, start: float,
@@ -48,12 +49,13 @@ def describe(sample: Sample) -> str:
             f"({sample.prefill_tok_s:.0f} tok/s); {len(sample.tokens)} new ({sample.stop})")
     if sample.decode_tok_s is None:
         return text
+    sums = "" if sample.sums_pct is None else f"; {sample.sums_pct:.0f} % of it sums over ranks"
     if sample.speculation:
         return f"{text}, {sample.decode_tok_s:.1f} tok/s, {sample.ms_per_token:.2f} ms/token; " \
-               f"{describe_speculation(sample.speculation)}"
+               f"{describe_speculation(sample.speculation)}{sums}"
     share = "" if sample.bandwidth_pct is None else f" = {sample.bandwidth_pct:.0f} % of bandwidth"
     return (f"{text}, {sample.decode_tok_s:.1f} tok/s, {sample.ms_per_token:.2f} ms/token; "
-            f"{sample.bytes_per_token / 1e6:.1f} MB/token, {sample.gb_s:.1f} GB/s{share}")
+            f"{sample.bytes_per_token / 1e6:.1f} MB/token, {sample.gb_s:.1f} GB/s{share}{sums}")
 
 
 def describe_speculation(s: dict) -> str:

@@ -165,8 +165,8 @@ class Experts(nn.Module):
             self.shared = FeedForward(dim, config.experts.shared_dim, config.activation)
             self.shared_gate = Linear(dim, 1)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, S, D]
-        y = self.speak(x, *self.route(x))
+    def forward(self, x: Tensor, routed: tuple[Tensor, Tensor] | None = None) -> Tensor:  # [B, S, D]
+        y = self.speak(x, *(routed or self.route(x)))
         return y + self.shared_gate(x).sigmoid() * self.shared(x) if self.config.shared_dim else y
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +198,7 @@ class DenseAndExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, S, D], not normalised
         weights, chosen = self.experts.route(self.router_norm(x) * self.dim ** -0.5)
         weights = weights * self.expert_scale[chosen]
-        y = self.experts_post_norm(self.experts.speak(self.experts_norm(x), weights, chosen))
+        y = self.experts_post_norm(self.experts(self.experts_norm(x), (weights, chosen)))
         return self.dense_post_norm(self.dense(self.dense_norm(x))) + y
 
 

@@ -25,7 +25,8 @@ def packed_file(model: nn.Module, folder: Path, dtype: torch.dtype) -> tuple[Pat
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     facts += [repr(model.config), str(dtype), ops.packed_layout()]
-    name = f"{model.config.quantization}-{dtype}.packed".replace(" ", "-").replace("torch.", "")
+    share = f"-{model.cut.rank + 1}-of-{model.cut.ranks}" if hasattr(model, "cut") else ""
+    name = f"{model.config.quantization}-{dtype}{share}.packed".replace(" ", "-").replace("torch.", "")
     return folder / name, hashlib.sha256(repr(facts).encode()).hexdigest()
 
 

@@ -55,17 +55,19 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, ids.gather(1, places)
 
 
-def distribution(logits: Tensor, temperature: Tensor, top_k: int | None,
-                 top_p: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def distribution(logits: Tensor, temperature: Tensor, top_k: int | None, top_p: Tensor | None,
+                 ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Logits [B, V] to float32 probabilities [B, N] and their token ids [B, N] (None: index is id).
 
     top_k keeps exactly k tokens, ties included; top_p then keeps the smallest set of likeliest tokens whose mass
-    reaches p (Holtzman et al. 2020, arXiv 1904.09751), counted after top_k.
+    reaches p (Holtzman et al. 2020, arXiv 1904.09751), counted after top_k. With `ids` [B, n] there are only their
+    logits, [B, n], which is enough if the k largest are among them.
     """
-    ids = None
     if top_k is not None:
-        logits, ids = largest(logits, top_k)  # [B, k], descending
+        logits, places = largest(logits, top_k)  # [B, k], descending
+        ids = places if ids is None else ids.gather(1, places)
     elif top_p is not None:
+        assert ids is None
         logits, ids = logits.sort(descending=True)
     probs = (logits.float() / temperature).softmax(-1)
     if top_p is not None:
@@ -84,15 +86,17 @@ def draw(weights: Tensor) -> Tensor:
     return (weights / noise).argmax(-1, keepdim=True)
 
 
-def sample(logits: Tensor, temperature: Tensor | None, top_k: int | None = None, top_p: Tensor | None = None) -> Tensor:
+def sample(logits: Tensor, temperature: Tensor | None, top_k: int | None = None, top_p: Tensor | None = None,
+           ids: Tensor | None = None) -> Tensor:
     """Logits [B, V] to one token id a row, [B, 1]; -1 in a row whose logits are not all finite.
 
-    temperature None is argmax. Otherwise a draw from the distribution, with the device's default generator.
+    temperature None is argmax. Otherwise a draw from the distribution, with the device's default generator. `ids` as
+    there; for argmax the largest must be among them.
     """
     if temperature is None:
         token = logits.argmax(-1, keepdim=True)
     else:
-        probs, ids = distribution(logits, temperature, top_k, top_p)
+        probs, ids = distribution(logits, temperature, top_k, top_p, ids)
         token = draw(probs)
-        token = token if ids is None else ids.gather(-1, token)
+    token = token if ids is None else ids.gather(-1, token)
     return torch.where(logits.isfinite().all(-1, keepdim=True), token, -1)

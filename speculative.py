@@ -30,7 +30,8 @@ class Proposal(NamedTuple):
 
 
 def accept(logits: Tensor, proposal: Proposal, given: Tensor, temperature: Tensor | None, top_k: int | None = None,
-           top_p: Tensor | None = None, synthetic: Tensor | None = None) -> tuple[Tensor, Tensor]:
+           top_p: Tensor | None = None, synthetic: Tensor | None = None, ids: Tensor | None = None,
+           vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
     """How much of a proposal stands: tokens [B, k + 1], -1 after the last that counts, and how many count, [B, 1].
 
     logits [B, k + 1, V]: the model's, before each drafted token and after the last. At least one token counts: the last
@@ -39,18 +40,20 @@ def accept(logits: Tensor, proposal: Proposal, given: Tensor, temperature: Tenso
     with probability min(1, p(d) / q(d)), and a refused one replaced by a draw from what p has more than q (Leviathan et
     al. 2023, arXiv 2211.17192). `given` [B, k + 1]: tokens that are known already, since a prompt holds them; -1 none.
     Where logits are not finite the token is -1, and counts. `synthetic`, for random weights: take each drafted token
-    with this probability, whatever it is.
+    with this probability, whatever it is. `ids` [B, k + 1, n] as in `sample`, of `vocab_size`.
     """
+    vocab_size = vocab_size or logits.shape[-1]
     k, finite = given.shape[1] - 1, logits.isfinite().all(-1)  # [B, k + 1]
     drafted = given_or(given[:, :k], proposal.tokens)
     if temperature is None:
-        own = given_or(given, torch.where(finite, logits.argmax(-1), -1))
+        own = given_or(given, torch.where(finite, greedy(logits, ids), -1))
         stands = (drafted == own[:, :k]) & (own[:, :k] >= 0)
         stands = stands if synthetic is None else synthetic_choice(synthetic, drafted)
         count = 1 + stands.cumprod(1).sum(1, keepdim=True)
         last = own.gather(1, count - 1)
     else:
-        p, ids = distribution(logits.flatten(0, 1), temperature, top_k, top_p)
+        p, ids = distribution(logits.flatten(0, 1), temperature, top_k, top_p,
+                              None if ids is None else ids.flatten(0, 1))
         p, ids = p.unflatten(0, (-1, k + 1)), None if ids is None else ids.unflatten(0, (-1, k + 1))
         drawn = proposal.probs is not None
         wanted = mass(p[:, :k], None if ids is None else ids[:, :k], drafted)
@@ -60,18 +63,24 @@ def accept(logits: Tensor, proposal: Proposal, given: Tensor, temperature: Tenso
         stands = stands | (given[:, :k] >= 0)
         count = 1 + stands.cumprod(1).sum(1, keepdim=True)
         n = count - 1  # the one to be drawn
-        left = dense(*row(p, ids, n), logits.shape[-1])
+        left = dense(*row(p, ids, n), vocab_size)
         if k:
             refused = n.clamp_max(k - 1)
             probs, at = row(proposal.probs, proposal.ids, refused) if drawn else (
                 (drafted.gather(1, refused) >= 0).float(), drafted.gather(1, refused).clamp_min(0))
-            more = (left - dense(probs, at, logits.shape[-1])).clamp_min(0)
+            more = (left - dense(probs, at, vocab_size)).clamp_min(0)
             # p = q leaves nothing, up to rounding, and is then not refused, up to rounding
             left = torch.where((n < k) & (more.sum(-1, keepdim=True) > 0), more, left)
         last = given_or(given.gather(1, n), torch.where(finite.gather(1, n), draw(left), -1))
     places = torch.arange(k + 1, device=logits.device)
     tokens = torch.where(places < count - 1, torch.cat([drafted, last], 1), -1)
     return torch.where(places == count - 1, last, tokens), count
+
+
+def greedy(logits: Tensor, ids: Tensor | None) -> Tensor:
+    """argmax over the last dimension, as an id."""
+    best = logits.argmax(-1)
+    return best if ids is None else ids.gather(-1, best[..., None])[..., 0]
 
 
 def synthetic_choice(probability: Tensor, drafted: Tensor) -> Tensor:
@@ -95,7 +104,7 @@ def row(probs: Tensor, ids: Tensor | None, n: Tensor) -> tuple[Tensor, Tensor | 
 
 def dense(probs: Tensor, ids: Tensor | None, size: int) -> Tensor:
     """A distribution [B, N] over ids [B, N] as one over the whole vocabulary, [B, V]."""
-    return probs if ids is None else probs.new_zeros(len(probs), size).scatter(1, ids, probs)
+    return probs if ids is None else probs.new_zeros(len(probs), size).scatter_add(1, ids, probs)
 
 
 # -- a draft without a model ------------------------------------------------------------------------------------------

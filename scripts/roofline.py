@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 import device as machine
-from config import AttentionConfig, DeltaNetConfig, ModelConfig, Quantization
+from config import ModelConfig, Quantization
 from errors import Parser, UserError, run_command
 from families import config_of_shape, shapes
 from generate import DEMO
@@ -36,6 +36,7 @@ from layers import Embedding, ExpertLinear, Matrix
 from loader import materialize
 from model import Transformer
 from quantize import quantize_
+from tp import CutTransformer
 
 FILE = Path(__file__).with_name("devices.json")
 ROOT = FILE.parent.parent
@@ -101,35 +102,10 @@ def find_device(name: str) -> Device:
 
 # -- what one rank holds and reads ------------------------------------------------------------------------------------
 
-def local(config: ModelConfig, ranks: int) -> ModelConfig:
-    """One rank's share, as a model of its own. UserError if the ranks cannot share a layer equally."""
-    def cut(size: int, what: str) -> int:
-        if size % ranks:
-            raise UserError(f"the model has {size} {what}, which {ranks} ranks cannot share equally; take another --tp")
-        return size // ranks
-
-    def cut_heads(mixer: AttentionConfig | DeltaNetConfig) -> AttentionConfig | DeltaNetConfig:
-        if isinstance(mixer, DeltaNetConfig):
-            return dataclasses.replace(mixer, n_k_heads=cut(mixer.n_k_heads, "linear key heads"),
-                                       n_v_heads=cut(mixer.n_v_heads, "linear value heads"))
-        few = mixer.n_kv_heads < ranks and ranks % mixer.n_kv_heads == 0
-        return dataclasses.replace(mixer, n_heads=cut(mixer.n_heads, "attention heads"),
-                                   n_kv_heads=1 if few else cut(mixer.n_kv_heads, "key/value heads"))
-
-    experts, wide = config.experts, config.experts is None or config.experts.beside_dense
-    if experts:
-        experts = dataclasses.replace(experts, ffn_dim=cut(experts.ffn_dim, "columns in an expert"),
-                                      shared_dim=cut(experts.shared_dim, "columns in the shared expert"))
-    return dataclasses.replace(
-        config, vocab_size=math.ceil(config.vocab_size / ranks), experts=experts,
-        ffn_dim=cut(config.ffn_dim, "columns in the feed-forward") if wide else config.ffn_dim,
-        mixers={kind: cut_heads(mixer) for kind, mixer in config.mixers.items()})
-
-
-def weightless(config: ModelConfig, dtype: torch.dtype) -> Transformer:
-    """The model on the meta device, with the dtypes that it has once loaded."""
+def weightless(config: ModelConfig, dtype: torch.dtype, ranks: int = 1) -> Transformer:
+    """The model, or one rank's share of it, on the meta device, with the dtypes that it has once loaded."""
     with torch.device("meta"):
-        model = Transformer(config).eval()
+        model = Transformer(config).eval() if ranks == 1 else CutTransformer(config, 0, ranks).eval()
     if config.quantization:
         quantize_(model, config.quantization)
     list(materialize(model, torch.device("meta"), dtype))
@@ -154,14 +130,15 @@ class Load:
 
 def load_of(config: ModelConfig, dtype: torch.dtype, ranks: int, batch: int, context: int, depth: float) -> Load:
     """What a rank holds, for `context` positions a row, and reads, for a token that attends to `depth` of them."""
-    model = weightless(local(config, ranks), dtype)
+    model = weightless(config, dtype, ranks)
     share = config.experts.n_active / config.experts.n_experts if config.experts else 1.0
     operations = sum(2 * batch * math.prod(module.shape) * (share if isinstance(module, ExpertLinear) else 1)
                      for module in model.modules() if isinstance(module, Matrix) and not isinstance(module, Embedding))
-    sums = 3 if config.experts and config.experts.beside_dense else 2  # those have a norm each before they are added
+    # Those beside a dense feed-forward have a norm each before they are added. Two more: embedding, best logits.
+    sums = 3 if config.experts and config.experts.beside_dense else 2
     return Load(sum(p.nbytes for p in model.parameters()), batch * model.cache_bytes(context),
                 model.weight_bytes_per_token(batch), batch * model.cache_bytes(depth), operations,
-                sums * len(config.layer_types) if ranks > 1 else 0, batch * config.dim * dtype.itemsize)
+                sums * len(config.layer_types) + 2 if ranks > 1 else 0, batch * config.dim * dtype.itemsize)
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-RANKS = [["errors"], ["config", "sampling", "device", "pace"], ["ops", "aot", "speculative"],
+RANKS = [["errors"], ["collectives", "config", "sampling", "device", "pace"], ["ops", "aot", "speculative"],
          ["families", "tokenizer", "rounding", "checkpoint"], ["loader", "layers", "packed"], ["linear_attention"],
-         ["model"], ["metrics", "calibration", "decoding"], ["chat", "quantize"], ["drafts"],
+         ["model"], ["tp"], ["metrics", "calibration", "decoding"], ["chat", "quantize"], ["drafts"],
          ["generate"], ["scripts"]]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 FILES = sorted(p for p in (*ROOT.glob("*.py"), *ROOT.glob("ops/*.py"), *ROOT.glob("scripts/*.py")))
