@@ -90,8 +90,7 @@ def tasks(tmp_path_factory) -> dict[str, dict]:
     make = tmp_path_factory.mktemp
     found = {name: task(save(make("family"), name, **(
         dict(linear_num_key_heads=4, linear_num_value_heads=8) if "Qwen3.5" in name else {}))) for name in FAMILIES}
-    for name in ("Llama 3.2", "Qwen3.5"):
-        found[name] |= dict(compile=True)
+    found["Qwen3.5"] |= dict(compile=True)
     plain = save(make("plain"), "Qwen3", **SPECULATIVE)
     draft = save(make("draft"), "Qwen3")
     found["drafts"] = task(plain, drafts=["lookup", "self", str(draft)])
@@ -122,7 +121,8 @@ def together(request, tasks, tmp_path_factory) -> tuple[int, dict[str, list[dict
     ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
     names = [name for name in tasks if (ranks, name) != (4, "mtp")]  # two key heads
     (folder / "plan.json").write_text(json.dumps([tasks[name] for name in names]))
-    ended = end(start(ranks, "tests/tp_worker.py", str(folder / "plan.json")))
+    sockets = ["sockets"] if ranks == 4 else []  # two ranks have shared memory
+    ended = end(start(ranks, "tests/tp_worker.py", str(folder / "plan.json"), *sockets))
     assert [code for code, *_ in ended] == [0] * ranks, ended
     found = [json.loads((folder / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
     return ranks, {name: [rank[i] for rank in found] for i, name in enumerate(names)}
@@ -134,7 +134,7 @@ NAMES = [*FAMILIES, "drafts", "int8", "int4", "int4-pure", "int8 while loading",
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_together_give_what_one_gives_alone(name, together, alone, tasks):
-    ranks, found = together
+    _, found = together
     if name not in found:
         pytest.skip("its heads cannot be shared so")
     one, (first, *others) = alone[name], found[name]
@@ -142,7 +142,7 @@ def test_ranks_together_give_what_one_gives_alone(name, together, alone, tasks):
         assert key == "read" or all(rank[key] == first[key] for rank in others), key  # bit for bit
     torch.testing.assert_close(torch.tensor(first["logits"]), torch.tensor(one["logits"]), atol=2e-4, rtol=2e-4)
     for key in first.keys() - {"read", "logits"}:
-        assert first[key] == one[key], key
+        assert first[key] == one[{"compiled": "greedy", "compiled, drawn": "drawn"}.get(key, key)], key
     assert len(first["logits"][0]) == (128 if name == "mtp" else VOCABULARY)
 
 
@@ -170,7 +170,7 @@ def test_what_ranks_cannot_share_is_said_with_what_they_can(family, ranks, words
 
 def test_groups_of_int4_are_not_cut():
     config = replace(config_of_shape("gpt-oss-120b"), quantization=Quantization("int4"))
-    with pytest.raises(UserError, match="2880 columns in an expert in groups of 32.*: 1, 2$"):
+    with pytest.raises(UserError, match=r"2880 columns in an expert in groups of 32.*: 1, 2$"):
         tp.local(config, 4)
     tp.local(config, 2)
 
