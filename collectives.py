@@ -110,7 +110,7 @@ def join(device: str) -> None:
         world.store.set(f"here/{rank}", "1")
         for other in range(size):
             wait(f"here/{other}", MEETING)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
                                 timeout=timedelta(seconds=PATIENCE))
     except (dist.DistError, RuntimeError, TimeoutError, ValueError) as e:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -274,24 +274,26 @@ for name, on_cpu, on_cuda, shape in (("all_reduce", all_reduce_cpu, all_reduce_c
 def wait(key: str, seconds: float) -> None:
     """Until another rank has set a key. TimeoutError if none does; RuntimeError if rank 0's store is gone."""
     end = time.monotonic() + seconds
-    while not world.store.check([key]):
-        if time.monotonic() > end:
-            raise TimeoutError(f"nothing was heard of {key}")
-        time.sleep(0.02)
+    try:
+        while not world.store.check([key]):
+            if time.monotonic() > end:
+                raise TimeoutError(f"nothing was heard of {key}")
+            time.sleep(0.02)
+    except (RuntimeError, TimeoutError) as e:
+        world.lost = first_line(e)
+        raise
 
 
 def once_per_node(act: Callable[[], None]) -> None:
     """One rank of each machine does it, and the others wait until it has. All must call this in the same order."""
     world.meetings += 1
     key = f"meeting/{world.meetings}/{world.rank - world.local_rank}"
-    if world.local_rank == 0:
-        act()
-    if world.local_size > 1:
-        try:
-            world.store.set(key, "1") if world.local_rank == 0 else wait(key, PATIENCE)
-        except (RuntimeError, TimeoutError) as e:
-            world.lost = first_line(e)
-            raise
+    if world.local_rank:
+        wait(key, PATIENCE)
+        return
+    act()
+    if world.store:
+        world.store.set(key, "1")
 
 
 def told(ask: Callable[[], str]) -> str:
@@ -313,6 +315,14 @@ def told(ask: Callable[[], str]) -> str:
     if said in kinds:
         raise kinds[said]
     return said.removeprefix("=")
+
+
+def agreed(numbers: list[float]) -> list[float]:
+    """Rank 0's, for all: clocks differ, and what is decided by them must not."""
+    if world.size == 1:
+        return numbers
+    mine = torch.tensor(numbers if world.rank == 0 else [0.0] * len(numbers))
+    return all_reduce(mine).tolist()
 
 
 def first_to_fail() -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import device as machine
+from collectives import agreed
 from errors import UserError
 from pace import Pace, Statistics
 from sampling import distribution, draw
@@ -289,8 +290,7 @@ class Speculation:
 
     def record(self, issued: Issued, counts: list[int], start: int) -> None:
         """What was issued gave so many new tokens to each row that is of interest; the text was at `start` at least."""
-        draft_s = machine.seconds_between(*issued.draft)
-        model_s = [machine.seconds_between(*call) for call in issued.model]
+        draft_s, *model_s = agreed([machine.seconds_between(*span) for span in (issued.draft, *issued.model)])
         self.draft.record(start + min(counts, default=0))
         if counts and issued.k:
             self.pace.record(issued.k, draft_s, *model_s, counts, issued.strength)

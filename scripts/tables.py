@@ -15,7 +15,7 @@ from pathlib import Path
 from errors import Parser, UserError, run_command
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "why-cpu.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "why-cpu.md", ROOT / "docs" / "tensor-parallel.md")
 PEERS = {"transformers eager": "transformers", "transformers compiled": "its compiled", "llama.cpp": "llama.cpp",
          "gpt-fast": "gpt-fast"}
 Case = list[dict]  # the rows of one case, ours first
@@ -172,6 +172,21 @@ def speculation_table(rows: list[dict]) -> str:
     return table(head, lines) + "\n\n" + "; ".join(sources) + "."
 
 
+def ranks_table(rows: list[dict]) -> str:
+    """A line for each model and way to share it, the last of each."""
+    found: dict[tuple, dict] = {}
+    for r in rows:
+        if r.get("kind") == "ranks":
+            found[r["machine"], r["model"], r["quantization"], r["way"]] = r
+    lines = [" | ".join([
+        f"{r['model']}, {r['quantization'] or r['dtype']}", r["way"], number(r["tok_s"]),
+        "" if r["over_one"] is None else f"{r['over_one']:.2f}", f"{r['bytes_per_token'] / 1e6:.0f}",
+        "" if r["sums_pct"] is None else f"{r['sums_pct']:.0f}"]) for r in found.values()]
+    sources = dict.fromkeys(f"`{command_of(r)}`, commit {r['commit']}, {r['machine']}" for r in found.values())
+    return table("model | shared by | tok/s | over one rank, all cores | MB a rank and token | % in sums", lines) + \
+        "\n\n" + "; ".join(sources) + "." if found else ""
+
+
 # -- docs/why-cpu.md --------------------------------------------------------------------------------------------------
 
 POINTS = ("quantization", "kernels", "dispatch", "memory", "start", "threads", "fusion", "step")  # why_cpu.py's
@@ -229,7 +244,7 @@ def why_source(rows: list[dict]) -> str:
 # -- pages ------------------------------------------------------------------------------------------------------------
 
 TABLES = {"speed": speed_table, "starts": starts_table, "quality": quality_table, "activations": activations_table,
-          "speculation": speculation_table, "why": why_source,
+          "speculation": speculation_table, "ranks": ranks_table, "why": why_source,
           **{f"why-{point}": functools.partial(why_table, point) for point in POINTS}}
 
 

@@ -77,24 +77,23 @@ def main(argv: list[str]) -> None:
         for i, (name, command) in enumerate(ways(args).items()):
             pinned = int(command[-1]) if i == 0 and command[-2] == "--threads" else None
             found[name].append(run([*command, *options], pinned))
-    whole = None
+    speeds = {name: [statistics.median(s["decode_tok_s"] for s in one["samples"][1:]) for one in runs]
+              for name, runs in found.items()}
+    whole = speeds[list(speeds)[-2]]  # one rank with all that there is
     for name, runs in found.items():
         samples = [sample for one in runs for sample in one["samples"][1:]]
         sums = [sample["sums_pct"] for sample in samples if sample["sums_pct"] is not None]
-        speeds = [statistics.median(s["decode_tok_s"] for s in one["samples"][1:]) for one in runs]
-        whole = speeds if len(found) == 2 and whole is None or name == list(found)[-2] else whole
         row = {"kind": "ranks", "way": name, "ranks": runs[0]["ranks"], "model": runs[0]["model"],
                "quantization": runs[0]["quantization"], "dtype": runs[0]["dtype"], "new_tokens": args.new_tokens,
                "tok_s": statistics.median(s["decode_tok_s"] for s in samples),
                "ttft_s": statistics.median(s["ttft_s"] for s in samples),
                "bytes_per_token": samples[0]["bytes_per_token"], "sums_pct": statistics.median(sums) if sums else None,
-               "over_one": statistics.median(a / b for a, b in zip(speeds, whole, strict=True)) if whole else None,
+               "over_one": statistics.median(a / b for a, b in zip(speeds[name], whole, strict=True)),
                "machine": machine.device_name(machine.choose_device(args.device)), "torch": torch.__version__,
                "commit": commit(), "command": " ".join(["python -m scripts.tensor_parallel", *argv])}
         share = "" if row["sums_pct"] is None else f", {row['sums_pct']:.0f} % of it sums"
-        over = "" if row["over_one"] is None else f", {row['over_one']:.2f} of one rank with all"
         print(f"{name:28} {row['tok_s']:8.1f} tok/s, {row['bytes_per_token'] / 1e6:.1f} MB a rank and "
-              f"token{share}{over}", flush=True)
+              f"token{share}, {row['over_one']:.2f} of one rank with all", flush=True)
         if args.output:
             with args.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -3,6 +3,7 @@ import re
 import shlex
 
 import pytest
+import torch.distributed.run as torch_run
 from conftest import ROOT
 
 import generate as g
@@ -23,6 +24,9 @@ def test_a_command_names_files_and_options_that_exist(command):
     elif command[:2] == ["python", "-m"]:
         module = command[2]
         assert module == "pytest" or (ROOT / (module.replace(".", "/") + ".py")).is_file()
+    elif command[0] == "torchrun":
+        torch_run.get_args_parser().parse_args(command[1:])
+        g.parser().parse_args(command[command.index("generate.py") + 1:])
     elif command[:3] == ["pip", "install", "-r"]:
         assert (ROOT / command[3]).is_file()
     else:

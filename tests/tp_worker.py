@@ -53,6 +53,10 @@ def work(task: dict) -> dict:
         steps = compiled_steps(model.device)
         found["compiled"] = text(model, prompts[:1], steps, sampling=greedy)
         found["compiled, drawn"] = text(model, prompts[:1], steps, sampling=Sampling(1.0, 20), seed=3)
+    if task["drafts"]:
+        auto = load_speculation("lookup", model, tokenizer)  # by each rank's clock, if they did not agree
+        auto.pace.KEPT = auto.pace.MEASURED = 1
+        found["auto"] = [text(model, prompts[:1], sampling=greedy, speculation=auto) for _ in range(3)]
     for draft in task["drafts"]:
         speculation = load_speculation(draft, model, tokenizer, 3)
         speculation.pace.KEPT = 0  # no plain steps first
