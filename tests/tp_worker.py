@@ -14,7 +14,7 @@ from generate import load_model, load_speculation
 from sampling import Sampling
 from tp import candidates
 
-TOKENS = 8
+TOKENS = 6
 
 
 def text(model, prompts, steps=Steps(), **options) -> list[list[int]]:
