@@ -90,8 +90,10 @@ def read_turned(checkpoint: Checkpoint, names: list[str], wanted: Part = Part())
         _, *shape = checkpoint.tensors[name].shape
         first = wanted.rows[0] if wanted.rows else None  # of gate; those of up stand between them
         rows = slice(2 * first.start, 2 * first.stop) if first else slice(None)
-        if len(names) == 2 or len(shape) == 1:  # [out, in / 32, ...] or [out]
-            return (rows, wanted.columns_of(shape[1]))[:len(shape)]if len(shape) > 1 else (rows,)
+        if len(shape) == 1:  # [out]
+            return (rows,)
+        if len(names) == 2:  # [out, in / 32, ...]
+            return rows, wanted.columns_of(shape[1])
         return wanted.columns_of(shape[0]), rows  # [in, out]
 
     for e in range(checkpoint.tensors[names[0]].shape[0]):
@@ -214,7 +216,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, found: dict[str, list[str]], 
             expert.copy_(part)
         return
     column = is_column(parameter, target)
-    row, matrices = 0, target.shape[0] if target.dim() - column == 2 + (not column) else 1
+    row, matrices = 0, target.shape[0] if target.dim() == (2 if column else 3) else 1
     target = target.view(matrix(tuple(target.shape), column))
     if wanted != Part():
         for block in checkpoint.parts(found[parameter], matrices, wanted, column):

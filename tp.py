@@ -37,18 +37,14 @@ ROWS: dict[str, Callable[[ModelConfig, Mixer, int], list[tuple[int, int]]]] = {
     r"attention\.conv": lambda c, m, n: [(m.n_k_heads * m.k_dim, n)] * 2 + [(m.n_v_heads * m.v_dim, n)],
     r"attention\.w_ba\..*": lambda c, m, n: [(m.n_v_heads, n)] * 2,
     r"attention\.(A_log|dt_bias)": lambda c, m, n: [(m.n_v_heads, n)],
-    r"feed_forward\.(dense\.)?w13\..*": lambda c, m, n: [(expert_dim(c) or c.ffn_dim, n)] * 2,
+    r"feed_forward\.w13\..*": lambda c, m, n: [(c.experts.ffn_dim if c.experts else c.ffn_dim, n)] * 2,
+    r"feed_forward\.dense\.w13\..*": lambda c, m, n: [(c.ffn_dim, n)] * 2,
     r"feed_forward\.experts\.w13\..*": lambda c, m, n: [(c.experts.ffn_dim, n)] * 2,
     r"feed_forward\.shared\.w13\..*": lambda c, m, n: [(c.experts.shared_dim, n)] * 2,
 }
 COLUMNS = r"(attention\.wo|feed_forward\.((shared|dense|experts)\.)?w2)\.(weight|scale)"
 ONCE = r"(attention\.wo|feed_forward\.((shared|dense|experts)\.)?w2)\.bias"  # added by rank 0; the sum holds it once
 VOCABULARY = r"(tok_embeddings|output)\..*"
-
-
-def expert_dim(config: ModelConfig) -> int | None:
-    """The width of the experts where they are all there is."""
-    return config.experts.ffn_dim if config.experts and not config.experts.beside_dense else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +59,7 @@ class Cut:
         config, rank, ranks = self.config, self.rank, self.ranks
         if re.fullmatch(VOCABULARY, parameter):
             height = math.ceil(config.vocab_size / ranks)
-            return Part([slice(min(i * height, config.vocab_size), min((i + 1) * height, config.vocab_size))
-                         for i in (rank,)])
+            return Part([slice(*(min(i * height, config.vocab_size) for i in (rank, rank + 1)))])
         if not (block := re.match(r"(?:layers\.(\d+)|mtp\.block)\.", parameter)):
             return Part()
         name = parameter[block.end():]

@@ -101,6 +101,9 @@ def tasks(tmp_path_factory) -> dict[str, dict]:
         found[f"{mode} while loading"] = found[mode] | dict(folder=str(plain), quantize=mode, drafts=[])
     experts = save(make("experts"), "Qwen3-MoE", **SPECULATIVE | dict(moe_intermediate_size=128))
     found["experts, int4"] = task(experts, quantize="int4")
+    for mode in ("int8", "int4"):
+        quantize_folder(experts, folder := make("quantized") / mode, Quantization(mode))
+        found[f"experts, {mode} folder"] = task(folder)
     test_mtp.write(folder := make("mtp"), "dense")
     for part in ("tokenizer.json", "tokenizer_config.json"):
         (folder / part).write_bytes((DEMO / part).read_bytes())
@@ -129,7 +132,7 @@ def together(request, tasks, tmp_path_factory) -> tuple[int, dict[str, list[dict
 
 
 NAMES = [*FAMILIES, "drafts", "int8", "int4", "int4-pure", "int8 while loading", "int4 while loading",
-         "int4-pure while loading", "experts, int4", "mtp"]
+         "int4-pure while loading", "experts, int4", "experts, int8 folder", "experts, int4 folder", "mtp"]
 
 
 @pytest.mark.parametrize("name", NAMES)
