@@ -86,19 +86,25 @@ def check_turned(parts: list[Stored], p: torch.Tensor) -> None:
 
 def read_turned(checkpoint: Checkpoint, names: list[str], wanted: Part = Part()) -> Iterator[torch.Tensor]:
     """An expert at a time, [out, in] or [out]; rows of gate and up, where they are, in two halves."""
+    _, *shape = checkpoint.tensors[names[0]].shape
+    columns = wanted.columns_of(shape[1] * 32 if len(names) == 2 else shape[0])
+    blocks = slice(columns.start // 32, -(-columns.stop // 32))  # of 32 columns, which a part need not end with
+
     def inner(name: str) -> tuple[slice, ...]:
-        _, *shape = checkpoint.tensors[name].shape
         first = wanted.rows[0] if wanted.rows else None  # of gate; those of up stand between them
         rows = slice(2 * first.start, 2 * first.stop) if first else slice(None)
         if len(shape) == 1:  # [out]
             return (rows,)
         if len(names) == 2:  # [out, in / 32, ...]
-            return rows, wanted.columns_of(shape[1])
-        return wanted.columns_of(shape[0]), rows  # [in, out]
+            return rows, blocks
+        return columns, rows  # [in, out]
 
     for e in range(checkpoint.tensors[names[0]].shape[0]):
         parts = [checkpoint.part(name, e, *inner(name)) for name in names]
-        part = widen_mxfp4(*parts) if len(parts) == 2 else parts[0].mT if parts[0].dim() == 2 else parts[0]
+        if len(parts) == 2:
+            part = widen_mxfp4(*parts)[:, columns.start - 32 * blocks.start:columns.stop - 32 * blocks.start]
+        else:
+            part = parts[0].mT if parts[0].dim() == 2 else parts[0]
         yield torch.cat([part[0::2], part[1::2]]) if "gate_up_proj" in names[0] else part
 
 

@@ -15,12 +15,16 @@ import test_mtp
 import torch
 import tp_worker
 from conftest import DEMO, ROOT
-from tiny_models import FAMILIES, reference_model
+from safetensors.torch import load_file, save_file
+from test_model import mxfp4
+from tiny_models import FAMILIES, load, reference_model
 
 import tp
 from config import Quantization, read_json
 from errors import UserError
 from families import config_from_dict, config_of_shape
+from loader import load_weights
+from model import Transformer
 from quantize import quantize_folder
 
 LIMIT = 120  # seconds after which something must have hung
@@ -147,6 +151,29 @@ def test_ranks_together_give_what_one_gives_alone(name, together, alone, tasks):
     for key in first.keys() - {"read", "logits"}:
         assert first[key] == one[{"compiled": "greedy", "compiled, drawn": "drawn"}.get(key, key)], key
     assert len(first["logits"][0]) == (128 if name == "mtp" else VOCABULARY)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_experts_of_four_bits_are_cut_where_no_block_ends(ranks, tmp_path):
+    """96 columns in blocks of 32."""
+    theirs = reference_model("gpt-oss")
+    theirs.save_pretrained(tmp_path)
+    document, tensors = read_json(tmp_path / "config.json"), load_file(tmp_path / "model.safetensors")
+    mxfp4(tmp_path, theirs, document, tensors)
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    save_file(tensors, tmp_path / "model.safetensors")
+    whole, F = load(tmp_path).layers[0].feed_forward, 96
+    for rank in range(ranks):
+        with torch.device("meta"):
+            config = config_from_dict(document)
+            model, shape = tp.CutTransformer(config, rank, ranks).eval(), Transformer(config)
+        load_weights(model, tmp_path, torch.device("cpu"), torch.float32, whole=shape)
+        mine, columns = model.layers[0].feed_forward, torch.arange(F).chunk(ranks)[rank]
+        both = torch.cat([columns, F + columns])
+        assert torch.equal(mine.w2.weight, whole.w2.weight[..., columns])
+        assert torch.equal(mine.w13.weight, whole.w13.weight[:, both])
+        assert torch.equal(mine.w13.bias, whole.w13.bias[:, both])
+        assert torch.equal(mine.w2.bias, whole.w2.bias * (rank == 0))
 
 
 def test_each_rank_reads_its_share_and_no_more(together, alone, tasks):
