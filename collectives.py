@@ -68,7 +68,7 @@ def joined(device: str = "auto") -> Iterator[World]:
             leave(2)
         if isinstance(e, UserError | KeyboardInterrupt) or not world.lost:
             raise
-        raise UserError(f"rank {world.rank} has lost another rank, so all end ({world.lost})") from None
+        raise UserError(lost(world.lost)) from None
     finally:
         sys.stdout, sys.stderr = stdout, stderr
     with contextlib.suppress(RuntimeError):
@@ -86,6 +86,10 @@ def alike() -> Iterator[None]:
             yield
         except UserError:
             leave(2)
+
+
+def lost(reason: str) -> str:
+    return f"rank {world.rank} has lost another rank, so all end ({reason})"
 
 
 def join(device: str) -> None:
@@ -206,12 +210,16 @@ def all_gather(x: Tensor, ranks: int) -> Tensor:
 
 @contextlib.contextmanager
 def timed() -> Iterator[None]:
+    """Count the seconds; and if another rank is lost end here, as nothing can be done without it: an exception would
+    have to pass through compiled code, which adds pages of its own."""
     start = time.perf_counter()
     try:
         yield
     except RuntimeError as e:
-        world.lost = first_line(e)
-        raise
+        if first_to_fail():
+            print(f"\nerror: {lost(first_line(e))}", file=sys.__stderr__, flush=True)
+        sys.__stdout__.flush()
+        leave(2)
     world.seconds += time.perf_counter() - start
 
 
