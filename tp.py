@@ -195,7 +195,7 @@ def candidates(model: Transformer, logits: Tensor, k: int | None) -> tuple[Tenso
 
     Ranks have the same numbers in the same order, so that they draw the same tokens.
     """
-    if not isinstance(model.output, CutHead):
+    if not isinstance(model, CutTransformer):
         return logits, None
     ranks, (*leading, rows) = model.output.ranks, logits.shape
     if k is None or k >= rows:

@@ -175,7 +175,7 @@ def test_numbers_are_those_of_the_run(folder):
 
 
 JSON_FIELDS = {"model", "device", "dtype", "quantization", "torch", "threads", "load_s", "compile_s",
-               "peak_memory_bytes", "bandwidth_gb_s", "samples"}
+               "peak_memory_bytes", "bandwidth_gb_s", "ranks", "samples"}
 
 
 def test_the_command_streams_text_then_numbers(folder, command, monkeypatch, tmp_path):
