@@ -40,6 +40,7 @@ class World:
         self.meetings = 0
         self.seconds = 0.0  # spent in sums and gathers, waiting for the others included; on a CPU only
         self.shared: Tensor | None = None  # memory that all ranks of this machine see
+        self.symmetric: Tensor | None = None  # the same of GPUs
         self.lives: list[TextIO] = []  # a file for each rank, which it locks as long as it lives
         self.rounds = 0  # in which ranks on a CPU have shown each other something
 
@@ -78,7 +79,8 @@ def joined(device: str = "auto") -> Iterator[World]:
 @contextlib.contextmanager
 def alike() -> Iterator[None]:
     """What is said in here, all ranks say alike: so the first tells it, and it is an end before they have met."""
-    if int(os.environ.get("RANK") or 0) == 0:
+    rank = os.environ.get("RANK", "")
+    if not rank.isdecimal() or int(rank) == 0:
         yield
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -94,16 +96,15 @@ def lost(reason: str) -> str:
 
 def join(device: str) -> None:
     """Meet the others. A CPU's ranks share its cores out; each GPU rank has one card of its machine."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    try:
-        rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
-    except (KeyError, ValueError):
-        raise UserError(f"the environment has RANK, but not numbers in all of {', '.join(names)}; start with torchrun, "
-                        f"or without them") from None
-    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    if cuda and local_size > torch.cuda.device_count():
-        raise UserError(f"{local_size} ranks were started on a machine with {torch.cuda.device_count()} GPUs; take "
-                        f"--nproc_per_node {torch.cuda.device_count()}, or --device cpu")
+    rank, size, local_rank, local_size = numbers()
+    with alike():
+        cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        if not cuda and (device not in ("cpu", "auto") or (device == "auto" and torch.backends.mps.is_available())):
+            raise UserError(f"--device is {device}; ranks share a model on CPUs (--device cpu) or on GPUs of CUDA "
+                            f"(--device cuda, which gives each its own)")
+        if cuda and local_size > torch.cuda.device_count():
+            raise UserError(f"{local_size} ranks were started on a machine with {torch.cuda.device_count()} GPUs; take "
+                            f"--nproc_per_node {torch.cuda.device_count()}, or --device cpu")
     if cuda:
         torch.cuda.set_device(local_rank)
     else:
@@ -122,7 +123,17 @@ def join(device: str) -> None:
                         f"({first_line(e)}); check that all nodes were started, and their addresses") from None
     world.rank, world.size, world.local_rank, world.local_size = rank, size, local_rank, local_size
     if cuda:
-        world.shared = symmetric_memory()
+        world.symmetric = symmetric_memory()
+
+
+def numbers() -> tuple[int, ...]:
+    """Rank, number of ranks, and the same on this machine, as torchrun says."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    found = [os.environ.get(name, "") for name in names]
+    if not all(map(str.isdecimal, found)) or int(found[0]) >= int(found[1]) or int(found[2]) >= int(found[3]):
+        raise UserError(f"the environment has RANK, but {', '.join(names)} are {', '.join(map(repr, found))}, not the "
+                        f"numbers of a rank; start with torchrun, or without them")
+    return tuple(map(int, found))
 
 
 def first_line(e: Exception) -> str:
@@ -164,11 +175,16 @@ def share_memory() -> None:
     import fcntl
     size = world.size * (64 + 2 * CAPACITY)
     if world.rank == 0:
-        folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-        (folder / "shared").write_bytes(bytes(size))
+        try:
+            folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+            (folder / "shared").write_bytes(bytes(size))
+        except OSError:  # no room: sockets do it
+            folder = Path("/none")
         world.store.set("folder", str(folder))
     wait("folder", MEETING)
     folder = Path(world.store.get("folder").decode())
+    if not folder.is_dir():
+        return
     with (folder / "shared").open("r+b") as file:
         world.shared = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
     mine = (folder / str(world.rank)).open("w")
@@ -257,8 +273,8 @@ def exchange(x: Tensor, add: bool) -> Tensor:
 
 def all_reduce_cuda(x: Tensor) -> Tensor:
     """One kernel in which each GPU reads the others' parts, where they can and these are small; else NCCL."""
-    if world.shared is not None and x.nbytes <= SMALL:
-        mine = world.shared[:x.nbytes].view(x.dtype).view(x.shape)
+    if world.symmetric is not None and x.nbytes <= SMALL:
+        mine = world.symmetric[:x.nbytes].view(x.dtype).view(x.shape)
         mine.copy_(x)
         return torch.ops.symm_mem.one_shot_all_reduce(mine, "sum", dist.group.WORLD.group_name)
     total = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", dist.group.WORLD.group_name)

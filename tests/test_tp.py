@@ -253,10 +253,18 @@ def test_a_rank_that_never_comes_is_waited_for_and_named():
         assert ended[0][0] == 2 and len(errors_of(ended)) == 1 and "did not meet all others" in ended[0][2], ended
 
 
-def test_an_environment_that_is_no_torchruns_is_refused():
-    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "two"}
+@pytest.mark.parametrize("rank, size", [("0", "two"), ("first", "2"), ("2", "2"), ("-1", "2")])
+def test_an_environment_that_is_no_torchruns_is_refused(rank, size):
+    environment = {**os.environ, "RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     ended = subprocess.run([sys.executable, "generate.py"], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert ended.returncode == 2 and "start with torchrun" in ended.stderr and "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:1", "tpu"])
+def test_devices_that_ranks_cannot_share_are_refused(device):
+    ended = end(start(2, "generate.py", "--device", device))
+    assert [code for code, *_ in ended] == [2, 2] and len(errors_of(ended)) == 1, ended
+    assert "--device cpu" in ended[0][2]
 
 
 def test_a_chat_is_told_to_all_ranks():
