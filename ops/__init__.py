@@ -225,7 +225,7 @@ def _(x: Tensor, packed: Tensor, outputs: int, group: int, chosen: Tensor | None
 
 # -- attention --------------------------------------------------------------------------------------------------------
 
-FEW = 16  # tokens in a call that a CPU's kernel takes; for more, a matmul over all of them is faster
+FEW = 16  # tokens in a call that a device's kernel takes; for more, a matmul over all of them is faster
 
 
 class Attended(NamedTuple):
@@ -261,14 +261,12 @@ cpu_attends._dynamo_marked_constant = True  # torch.compiler.assume_constant_res
 
 
 def kernel_reads_positions(positions: Tensor) -> bool:
-    """Whether the kernel for a call at positions [B, S] finds the filled part itself: on a GPU for one token, on a CPU
-    with its kernels for a few. A graph for prompts of all lengths has no choice by length."""
-    if positions.device.type != "cpu":
-        return positions.shape[1] == 1
+    """Whether the kernel for a call at positions [B, S] finds the filled part itself: for a few tokens, on a CPU if it
+    has its kernels. A graph for prompts of all lengths has no choice by length."""
     few = positions.shape[1] <= FEW
     if torch.compiler.is_compiling():
         few = torch.fx.experimental.symbolic_shapes.statically_known_true(few)
-    return few and cpu_attends()
+    return few and (positions.device.type != "cpu" or cpu_attends())
 
 
 def attended(positions: Tensor, size: int, window: int | None = None) -> Attended:

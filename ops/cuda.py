@@ -1,6 +1,7 @@
 """Triton kernels for NVIDIA (and, untried, AMD) GPUs. Imported by `ops.bind` on such a machine only.
 
-Not yet run on a GPU: the arithmetic is tested on a CPU through Triton's interpreter (tests/test_cuda_ops.py).
+Not yet run on a GPU: the arithmetic is tested on a CPU through Triton's interpreter, and that they compile for the
+cards we mean, within their shared memory, by Triton's compiler (tests/test_cuda_ops.py).
 Glossary: B batch, S tokens, K kv heads, R = G * S query rows per kv head, L cache length, E head_dim.
 """
 import torch
@@ -9,14 +10,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ops import LIBRARY, cuda_quantized
+from ops.cuda_pdl import await_inputs, launch_options
 
-BLOCK = 64  # cache positions per step of a program
 SPLITS = 32  # programs that share one kv head's cache: enough to fill a card at batch 1
+MOST_ROWS = 64  # query rows of a program; for more, others read the same keys again, from the L2 cache
+TILE_BYTES = 1 << 14  # of keys in a step, and of values: three steps in flight fit the smallest shared memory, 99 KB
+
+
+def tile(rows: int, head_dim: int, itemsize: int) -> dict[str, int]:
+    """How much of the queries [rows, head_dim] and of the cache a program takes at a time."""
+    cols = triton.next_power_of_2(head_dim)
+    block = max(16, min(64, TILE_BYTES // (cols * itemsize)))
+    return {"COLS": cols, "ROWS": min(MOST_ROWS, max(16, triton.next_power_of_2(rows))), "BLOCK": block,
+            "num_stages": 2 if block * cols * itemsize > TILE_BYTES else 3}
 
 
 @triton.jit
 def attend_split(q, k, v, positions, partial, largest, total, scale, window, size, stride_b, stride_k, kv_heads, rows,
-                 S: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+                 S: tl.constexpr, E: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                 SPLITS: tl.constexpr, PDL: tl.constexpr):
     """One split of one kv head's filled positions, by online softmax (Dao et al. 2022, arXiv 2205.14135).
 
     q [B, K, rows, E] and positions [B, S] are dense, caches have strides; row r belongs to token r % S; position p
@@ -25,23 +37,24 @@ def attend_split(q, k, v, positions, partial, largest, total, scale, window, siz
     """
     head, split = tl.program_id(0), tl.program_id(1)
     b = head // kv_heads
-    row, col = tl.arange(0, ROWS), tl.arange(0, E)
-    real = row < rows
-    queries = tl.load(q + (head * rows + row[:, None]) * E + col[None, :], mask=real[:, None], other=0.0)
+    row, col = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
+    real, within = row < rows, (col < E)[None, :]
+    await_inputs(PDL)
+    queries = tl.load(q + (head * rows + row[:, None]) * E + col[None, :], mask=real[:, None] & within, other=0.0)
     position = tl.load(positions + b * S + row % S)  # [ROWS]
-    newest = tl.max(position, 0)
+    newest = tl.load(positions + b * S + S - 1)
     filled = tl.minimum(newest + 1, size)
     share = tl.cdiv(tl.cdiv(filled, BLOCK), SPLITS) * BLOCK  # positions per split, whole blocks
     base = b * stride_b + (head % kv_heads) * stride_k
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     s = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, E), tl.float32)
+    acc = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(split * share, tl.minimum((split + 1) * share, filled), BLOCK):
         at = start + tl.arange(0, BLOCK)
-        inside = (at < filled)[:, None]
+        inside = (at < filled)[:, None] & within
         held = newest - (newest - at) % size  # the position in each slot
         address = base + at[:, None].to(tl.int64) * E + col[None, :]
-        keys = tl.load(k + address, mask=inside, other=0.0)  # [BLOCK, E]
+        keys = tl.load(k + address, mask=inside, other=0.0)  # [BLOCK, COLS]
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
         seen = (held[None, :] <= position[:, None]) & (held[None, :] > position[:, None] - window)
         seen = seen & (at < filled)[None, :]
@@ -55,32 +68,53 @@ def attend_split(q, k, v, positions, partial, largest, total, scale, window, siz
         s = s * keep + tl.sum(p, 1)
         m = higher
     out = (head * SPLITS + split) * rows + row
-    tl.store(partial + out[:, None] * E + col[None, :], acc, mask=real[:, None])
+    tl.store(partial + out[:, None] * E + col[None, :], acc, mask=real[:, None] & within)
     tl.store(largest + out, m, mask=real)
     tl.store(total + out, s, mask=real)
+
+
+@triton.jit
+def join_splits(partial, largest, total, sinks, y, kv_heads, E: tl.constexpr, COLS: tl.constexpr, SPLITS: tl.constexpr,
+                PDL: tl.constexpr):
+    """What the splits of a kv head make together, for one query row: y [B, K, rows, E]; sinks [K, rows] or None."""
+    head, row, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    split, col = tl.arange(0, SPLITS), tl.arange(0, COLS)
+    at = (head * SPLITS + split) * rows + row
+    await_inputs(PDL)
+    m = tl.load(largest + at)
+    most = tl.max(m, 0)
+    if sinks is not None:
+        sink = tl.load(sinks + (head % kv_heads) * rows + row)
+        most = tl.maximum(most, sink)
+    weight = tl.exp(m - most)  # an empty split: exp(-inf) = 0
+    whole = tl.sum(tl.load(total + at) * weight, 0)
+    if sinks is not None:
+        whole += tl.exp(sink - most)
+    parts = tl.load(partial + at[:, None] * E + col[None, :], mask=(col < E)[None, :], other=0.0)
+    tl.store(y + (head * rows + row) * E + col, (tl.sum(parts * weight[:, None], 0) / whole).to(y.dtype.element_ty),
+             mask=col < E)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int,
                      sinks: Tensor | None) -> Tensor:
     """Rows q [B, K, R, E] over caches [B, K, L, E], reading the filled slots only -> [B, K, R, E].
 
-    positions [B, S]; row r stands at positions[:, r % S]; position p lives in slot p % L, window 0: none; sinks [K, R].
-    E must be a power of two from 16 up.
+    positions [B, S], each row's consecutive; row r stands at positions[:, r % S]; position p lives in slot p % L,
+    window 0: none; sinks [K, R].
     """
     B, K, R, E = q.shape
     q = q.contiguous()
     partial = torch.empty(B, K, SPLITS, R, E, dtype=torch.float32, device=q.device)
     largest, total = torch.empty(2, B, K, SPLITS, R, dtype=torch.float32, device=q.device)
+    y = torch.empty_like(q)
     assert k.stride() == v.stride() and k.stride(2) == E and k.stride(3) == 1, (k.stride(), v.stride())
-    attend_split[(B * K, SPLITS)](
+    size, options = tile(R, E, k.itemsize), launch_options(q)
+    attend_split[(B * K, SPLITS, triton.cdiv(R, size["ROWS"]))](
         q, k, v, positions.contiguous(), partial, largest, total, scale, window or k.shape[2], k.shape[2],
-        k.stride(0), k.stride(1), K, R,
-        S=positions.shape[1], E=E, ROWS=max(16, triton.next_power_of_2(R)), BLOCK=BLOCK, SPLITS=SPLITS, num_warps=4)
-    most = largest.amax(2, keepdim=True)  # [B, K, 1, R]
-    weight = torch.exp(largest - most)  # an empty split: exp(-inf) = 0
-    total = (total * weight).sum(2) + (0 if sinks is None else torch.exp(sinks - most[:, :, 0]))
-    y = (partial * weight[..., None]).sum(2) / total[..., None]
-    return y.to(q.dtype)
+        k.stride(0), k.stride(1), K, R, S=positions.shape[1], E=E, SPLITS=SPLITS, **size, num_warps=4, **options)
+    join_splits[(B * K, R)](partial, largest, total, None if sinks is None else sinks.float().contiguous(), y, K, E=E,
+                            COLS=size["COLS"], SPLITS=SPLITS, num_warps=4, **options)
+    return y
 
 
 LIBRARY.impl("decode_attention", decode_attention, "CUDA")

@@ -31,6 +31,10 @@ def tiny_tensors(config: dict) -> dict[str, torch.Tensor]:
     return {f"{name}.weight": torch.randn(shape) * 0.1 + (len(shape) == 1) for name, shape in shapes.items()}
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--accelerator", help="a device for tests/test_accelerators.py although it is none: cpu")
+
+
 class Folder:
     """A tiny checkpoint folder whose parts a test can break."""
 

@@ -14,7 +14,7 @@ from ops import reference
 # B, S, H, K, E, cache slots, window (0: none), positions up to
 CASES = [(1, 1, 8, 2, 16, 256, 0, 128), (1, 5, 4, 1, 64, 320, 0, 160), (2, 1, 6, 6, 32, 200, 0, 100),
          (2, 3, 8, 2, 64, 4096, 0, 2048), (1, 1, 8, 2, 16, 130, 130, 900), (2, 3, 4, 2, 32, 104, 100, 300),
-         (2, 1, 4, 2, 32, 104, 100, 90)]
+         (2, 1, 4, 2, 32, 104, 100, 90), (1, 13, 12, 2, 24, 150, 0, 100), (2, 16, 5, 1, 16, 90, 60, 200)]
 
 
 def inputs(B: int, S: int, H: int, K: int, E: int, L: int, window: int, end: int) -> tuple[torch.Tensor, ...]:
@@ -118,6 +118,62 @@ def test_the_quantized_kernel_is_exact_to_rounding_and_reads_nothing_past_its_op
             check_quantized(quantized_linear, quantized_expert_linear, dtype)
         print("equal")
     """)
+
+
+# -- the instructions that unpack -------------------------------------------------------------------------------------
+
+def pair_of_bytes(a: int, b: int, select: int) -> int:
+    """PTX's prmt: four bytes chosen out of those of a (0 to 3) and of b (4 to 7)."""
+    known = a | b << 32
+    return sum((known >> 8 * (select >> 4 * i & 7) & 255) << 8 * i for i in range(4))
+
+
+def two_floats(register: int, dtype: torch.dtype) -> torch.Tensor:
+    halves = torch.tensor([register & 0xffff, register >> 16], dtype=torch.int32)
+    return halves.to(torch.uint16).view(dtype)
+
+
+def work_out(code: str, register: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """$0 and $1 after some PTX with $2 = register."""
+    known: dict[str, int] = {"$2": register}
+
+    def read(operand: str) -> int:
+        return known[operand] if operand in known else int(operand, 0)
+
+    results: dict[str, torch.Tensor] = {}
+    lines = (line.split("//")[0] for line in code.strip(" {}").splitlines())
+    for line in "".join(lines).split(";"):
+        name, _, rest = line.strip().partition(" ")
+        out, *operands = (part.strip() for part in rest.split(",")) if rest else ("",)
+        if name in ("", ".reg"):
+            continue
+        if name.startswith("fma.rn"):
+            dtype = torch.bfloat16 if "bf16" in name else torch.float16
+            a, b, c = (two_floats(read(operand), dtype).double() for operand in operands)
+            results[out] = (a * b + c).to(dtype)
+            assert results[out].double().equal(a * b + c), "not exact"
+            continue
+        values = [read(operand) for operand in operands]
+        known[out] = {"mov.b32": lambda a: a, "and.b32": lambda a, b: a & b, "xor.b32": lambda a, b: a ^ b,
+                      "shr.u32": lambda a, b: a >> b, "prmt.b32": pair_of_bytes,
+                      "lop3.b32": lambda a, b, c, table: (a & b) | c}[name](*values)
+        assert name != "lop3.b32" or values[3] == 0xea  # the table of (a & b) | c
+    return results["$0"], results["$1"]
+
+
+def test_the_instructions_that_unpack_give_every_number():
+    """Each byte at each of the four places of a register; the interpreter does not know PTX."""
+    pytest.importorskip("triton")
+    from ops import cuda_quantized as q
+    signed = lambda byte: byte - 256 if byte > 127 else byte  # noqa: E731
+    codes = {q.LOW_BF16: lambda byte: (byte & 15) - 8, q.LOW_FP16: lambda byte: (byte & 15) - 8,
+             q.HIGH_BF16: lambda byte: (byte >> 4) - 8, q.HIGH_FP16: lambda byte: (byte >> 4) - 8,
+             q.BYTE_BF16: signed, q.BYTE_FP16: signed}
+    for code, meant in codes.items():
+        for start in range(256):
+            held = [(start + 77 * i) % 256 for i in range(4)]
+            got = torch.cat(work_out(code.value, int.from_bytes(bytes(held), "little"))).tolist()
+            assert got == [meant(byte) for byte in held], (code.value, held)
 
 
 def test_a_graph_with_the_op_has_no_break_and_gives_the_eager_result():

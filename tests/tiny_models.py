@@ -75,10 +75,10 @@ def reference_model(name: str) -> torch.nn.Module:
     return model
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
+def load(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Transformer:
     with torch.device("meta"):
         model = Transformer(config_from_dict(read_json(folder / "config.json"))).eval()
-    load_weights(model, folder, torch.device("cpu"), dtype)
+    load_weights(model, folder, torch.device(device), dtype)
     model.setup_caches(1, 256)
     return model
 
@@ -86,6 +86,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
 @torch.no_grad()
 def run(model: Transformer, ids: torch.Tensor, *cuts: int, first: int = 0) -> torch.Tensor:
     """Logits [B, V] of the last token of ids [B, S] from `first` on, with the text cut into calls at `cuts`."""
+    ids = ids.to(model.device)
     for start, end in zip((first, *cuts), (*cuts, ids.shape[1]), strict=True):
-        logits = model(ids[:, start:end], torch.arange(start, end).expand(len(ids), -1))
-    return logits
+        logits = model(ids[:, start:end], torch.arange(start, end, device=ids.device).expand(len(ids), -1))
+    return logits.cpu()
