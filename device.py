@@ -246,6 +246,21 @@ def measure_bandwidth(device: torch.device, repeats: int = 7) -> float:
     return bandwidth_probe(device)(repeats)
 
 
+def measure_matmul(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> float:
+    """Operations/s (two for each product) of a square matrix times another, large enough to fill the device: the best
+    of so many."""
+    size = 1024 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(1 + repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size ** 3 / best
+
+
 def read_bandwidth(device: torch.device) -> float:
     """`measure_bandwidth`, kept in a file from run to run, one entry per device, thread count and torch."""
     path = cache_dir() / "bandwidth.json"
@@ -289,6 +304,8 @@ def configure_compiler(device: torch.device) -> None:
     if device.type == "cuda":
         torch._inductor.config.coordinate_descent_tuning = True  # a matmul with one row becomes a fused reduction
         torch._inductor.config.triton.unique_kernel_names = True
+        if os.environ.get("TORCHINDUCTOR_ENABLE_PDL") == "1":  # older versions of torch do not read it
+            torch._inductor.config.triton.enable_pdl = True
 
 
 def warm_up_calls(device: torch.device) -> int:

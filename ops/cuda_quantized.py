@@ -30,6 +30,7 @@ class Tile(NamedTuple):
     PIECES: int
     PIECE: int
     EVEN: bool
+    num_warps: int = 4
 
 
 def tile(group: int, rows: int, outputs: int, length: int, programs: int, wide: bool) -> Tile:
@@ -159,32 +160,43 @@ def quantized_rows(x, weight, scale, chosen, y, rows, outputs, IN: tl.constexpr,
              mask=(m < rows)[None, :] & real[:, None])
 
 
-def multiply(x: Tensor, weight: Tensor, scale: Tensor, chosen: Tensor | None) -> Tensor:
+def tile_for(x: Tensor, weight: Tensor, scale: Tensor) -> Tile:
+    """That of x [N, rows, in] and a matrix, or N that are chosen out of several."""
+    (outputs, length), group = weight.shape[-2:], group_of(x, weight, scale)
+    return tile(group, x.shape[1], outputs, length, x.shape[0] * outputs // 16, x.dtype == torch.float32)
+
+
+def group_of(x: Tensor, weight: Tensor, scale: Tensor) -> int:
+    return 0 if weight.dtype == torch.int8 else x.shape[-1] // scale.shape[-1]
+
+
+def multiply(x: Tensor, weight: Tensor, scale: Tensor, chosen: Tensor | None, size: Tile) -> Tensor:
     """x [N, rows, in] by the kernel -> [N, rows, out]."""
     assert weight.is_contiguous() and scale.is_contiguous(), (weight.stride(), scale.stride())
     N, rows, inputs = x.shape
-    (outputs, length), group = weight.shape[-2:], 0 if weight.dtype == torch.int8 else inputs // scale.shape[-1]
-    size = tile(group, rows, outputs, length, N * outputs // 16, x.dtype == torch.float32)
+    outputs, length = weight.shape[-2:]
     fetched = max(128, min(triton.next_power_of_2(length), PREFETCHED // size.OUT))
     y = x.new_empty(N, rows, outputs)
     quantized_rows[(triton.cdiv(outputs, size.OUT), N)](
         x.contiguous(), weight, scale, None if chosen is None else chosen.contiguous(), y, rows, outputs,
-        IN=inputs, GROUP=group, PTX=understands(x.device, x.dtype), MOST=fetched, **size._asdict(), num_warps=4,
-        **launch_options(x))
+        IN=inputs, GROUP=group_of(x, weight, scale), PTX=understands(x.device, x.dtype), MOST=fetched,
+        **size._asdict(), **launch_options(x))
     return y
 
 
 def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x [..., in] times a quantized matrix [out, in] transposed -> [..., out]."""
-    rows = x.numel() // x.shape[-1]
+    shape, rows = x.shape[:-1], x.numel() // x.shape[-1]
     if not 0 < rows <= MOST_ROWS:
         return ops.quantized_linear(x, weight, scale)
-    return multiply(x.reshape(1, rows, -1), weight, scale, None).view(*x.shape[:-1], -1)
+    x = x.reshape(1, rows, -1)
+    return multiply(x, weight, scale, None, tile_for(x, weight, scale)).view(*shape, -1)
 
 
 def quantized_expert_linear(x: Tensor, weight: Tensor, scale: Tensor, chosen: Tensor) -> Tensor:
     """Row n of x [N, in] times quantized weight[chosen[n]] transposed -> [N, out]. Few rows never wait for the device;
     many read `chosen` back."""
     if 0 < x.shape[0] <= ops.EXPERT_ROWS:
-        return multiply(x[:, None], weight, scale, chosen)[:, 0]
+        x = x[:, None]
+        return multiply(x, weight, scale, chosen, tile_for(x, weight, scale))[:, 0]
     return ops.by_expert(x, weight.shape[1], chosen, lambda rows, e: quantized_linear(rows, weight[e], scale[e]))

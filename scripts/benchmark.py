@@ -38,7 +38,9 @@ from scripts import peers
 from scripts.peers import Case, Run, System
 
 GREEDY = Sampling(temperature=0)
-ONE_B = "--random_weights Llama-3.2-1B"
+LONG = 256  # tokens of a prompt from which on arithmetic, not memory, is its limit
+ONE_B, EIGHT_B = "--random_weights Llama-3.2-1B", "--random_weights Llama-3.1-8B"
+COMPILED = "--ours compiled --new_tokens 200 --repeats 3"
 SUITES = {  # lists of options, a run of the benchmark each
     "quick": ["--new_tokens 100 --repeats 3"],
     "cpu": ["--new_tokens 200 --repeats 7 --starts",
@@ -49,11 +51,11 @@ SUITES = {  # lists of options, a run of the benchmark each
             "--random_weights benchmarks/qwen3-moe-8-layers.json --quantize int4 --new_tokens 32 --repeats 3",
             "--random_weights Gemma-3-1B --quantize int4 --new_tokens 32 --repeats 3",
             "--random_weights Qwen3.5-4B --quantize int4 --new_tokens 16 --repeats 3"],
-    "cuda": [*(f"--random_weights {shape} --quantize none,int8,int4 --new_tokens 200"
-               for shape in ("Llama-2-7B", "Llama-3.1-8B", "Llama-3.2-1B", "Qwen3.5-4B")),
-             "--random_weights Llama-3.1-8B --prompt_length 2048 --new_tokens 8 --ours compiled",
-             "--random_weights Llama-3.1-8B --depth 0,4096,32768 --new_tokens 64 --ours compiled",
-             "--random_weights Llama-3.1-8B --batch 1,2,4,8 --new_tokens 100 --ours compiled"]}
+    "cuda": [f"{EIGHT_B} --quantize none,int8,int4 {COMPILED}",
+             f"{EIGHT_B} --prompt_length 2048 {COMPILED} --new_tokens 8",
+             f"{EIGHT_B} --depth 32768 {COMPILED} --new_tokens 64", f"{EIGHT_B} --batch 8 {COMPILED}",
+             *(f"--random_weights {shape} --quantize none,int8,int4 {COMPILED}"
+               for shape in ("Llama-3.2-1B", "Qwen3.5-4B", "Llama-2-7B"))]}
 
 
 # -- ours -------------------------------------------------------------------------------------------------------------
@@ -95,8 +97,11 @@ def ours(args: Namespace, model: Transformer, case: Case, facts: dict) -> Iterat
         steps = compiled_steps(model.device) if kind == "compiled" else Steps()
         machine.reset_peak_memory(model.device)
         own = facts | (timed.compile(steps) if kind == "compiled" else {})
+        own |= {"prefill_operations": peers.prefill_operations(model, case)} if case.prompt_length >= LONG else {}
         timed.run(steps)
         own["peak_memory_bytes"] = machine.peak_memory(model.device)  # before any peer is loaded
+        own |= {"weight_bytes": sum(p.nbytes for p in model.parameters()),
+                "cache_bytes": case.batch * model.cache_bytes(model.cache_length)}
         yield System(f"ours {kind}", functools.partial(timed.run, steps), peers.step_bytes(model, case),
                      peers.short(model.dtype), str(quantization) if quantization else None, own)
 
@@ -225,6 +230,8 @@ def run(args: Namespace, command: str) -> Iterator[dict]:
         facts = {"load_s": time.perf_counter() - start}
         facts |= starts(args, quantize) if args.starts else {}
         common |= {"machine": machine.device_name(model.device), "device": str(model.device)}
+        if max(args.prompt_length) >= LONG:
+            common |= {"matmul_tflops": machine.measure_matmul(model.device, model.dtype) / 1e12}
         with tempfile.TemporaryDirectory() as folder:
             for case in cases(args):
                 systems = list(ours(args, model, case, facts))
@@ -248,7 +255,7 @@ def listed(kind: Callable, allowed: tuple = (), least: int = 0) -> Callable[[str
         for value in values:
             if allowed and value not in allowed:
                 raise ArgumentTypeError(f"{value!r}; allowed: {', '.join(allowed)}, with commas between them")
-            if not allowed and value < least:
+            if not allowed and kind is int and value < least:
                 raise ArgumentTypeError(f"{value}; it must be at least {least}")
         return values
     read.__name__ = "list"

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -23,10 +24,11 @@ import torch
 import device as machine
 from config import ModelConfig
 from errors import UserError
+from layers import Embedding, ExpertLinear, Matrix
 from model import Transformer
 from scripts.export_gguf import export
 
-NAMES = ("transformers", "llama.cpp", "gpt-fast")
+NAMES = ("transformers", "transformers-eager", "llama.cpp", "gpt-fast")
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,16 @@ def step_bytes(model: Transformer, case: Case) -> float:
     """Bytes of weights and caches that a step reads, on average over the tokens that are made."""
     attended = case.depth + case.prompt_length + case.new_tokens / 2
     return model.weight_bytes_per_token(case.batch) + case.batch * model.cache_bytes(attended)
+
+
+def prefill_operations(model: Transformer, case: Case) -> int:
+    """Multiplications and additions with weights that reading the prompt takes, the head for its last token alone."""
+    config = model.config
+    share = config.experts.n_active / config.experts.n_experts if config.experts else 1
+    sizes = {module: math.prod(module.shape) * (share if isinstance(module, ExpertLinear) else 1)
+             for module in model.modules() if isinstance(module, Matrix) and not isinstance(module, Embedding)}
+    tokens = {module: 1 if module is model.output else case.prompt_length for module in sizes}
+    return int(sum(2 * case.batch * tokens[module] * size for module, size in sizes.items()))
 
 
 def short(dtype: torch.dtype) -> str:
@@ -154,7 +166,7 @@ def run_transformers(peer, prompts: list[list[int]], case: Case, **settings) -> 
     return Run(None, run.decode_s, run.steps_s) if case.depth else run
 
 
-def transformers(floats: Transformer, case: Case) -> Iterator[System]:
+def transformers(floats: Transformer, case: Case, compile: bool) -> Iterator[System]:
     """Eager with its default cache, and with a static cache and its own compilation."""
     if importlib.util.find_spec("transformers") is None:
         raise Absent("it is not installed; pip install -r requirements-dev.txt")
@@ -163,9 +175,10 @@ def transformers(floats: Transformer, case: Case) -> Iterator[System]:
     compiled = CompileConfig(mode="reduce-overhead", fullgraph=True)
     compiled._compile_all_devices = True  # it would leave a CPU uncompiled
     static = dict(cache_implementation="static", compile_config=compiled)
-    for name, settings in (("transformers eager", {}), ("transformers compiled", static)):
-        yield System(name, functools.partial(run_transformers, peer, prompts, case, **settings),
-                     step_bytes(floats, case), short(floats.dtype), None, {"version": __version__})
+    for name, settings in {"eager": {}, "compiled": static}.items():
+        if name == "eager" or compile:
+            yield System(f"transformers {name}", functools.partial(run_transformers, peer, prompts, case, **settings),
+                         step_bytes(floats, case), short(floats.dtype), None, {"version": __version__})
 
 
 # -- llama.cpp --------------------------------------------------------------------------------------------------------
@@ -287,8 +300,8 @@ def peers(wanted: Sequence[str], model: Transformer, load: Callable[..., Transfo
     quantized = model.config.quantization is not None
     for name in wanted:
         try:
-            if name == "transformers":
-                yield from transformers(load(quantize=None) if quantized else model, case)
+            if name.startswith("transformers"):
+                yield from transformers(load(quantize=None) if quantized else model, case, name == "transformers")
             elif name == "llama.cpp":
                 settings = dict(dtype="fp32") if quantized else {}  # 16 bits would be packed
                 plain = not quantized and model.device.type == "cpu"

@@ -1,0 +1,41 @@
+"""What is tried on a card is right whatever the tile, and what is asked for is a matrix there is."""
+import pytest
+from conftest import ROOT
+from test_cuda_ops import assert_equal_in_the_interpreter
+
+from scripts import tune_cuda
+
+
+def test_the_matrices_are_those_of_a_layer_and_the_head():
+    assert tune_cuda.matrices("Llama-3.1-8B") == {"wqkv": (6144, 4096), "wo": (4096, 4096), "w13": (28672, 4096),
+                                                  "w2": (4096, 14336), "output": (128256, 4096)}
+
+
+def test_every_tile_gives_the_same_product_and_the_used_one_is_the_first():
+    pytest.importorskip("triton")
+    assert_equal_in_the_interpreter(f"""if True:
+        import sys
+        sys.path.insert(0, {str(ROOT / "tests")!r})
+        import torch
+        from test_cuda_ops import assert_product
+        import ops
+        from ops import cuda_quantized
+        from scripts.tune_cuda import quantized, sweep, tiles
+        for group, rows in ((32, 1), (0, 3), (32, 8)):
+            x, (weight, scale) = torch.randn(1, rows, 1024), quantized(64, 1024, group, torch.device("cpu"))
+            tried = list(tiles(x, weight, scale))
+            assert len(set(tried)) == len(tried) > 5 and tried[0] == cuda_quantized.tile_for(x, weight, scale)
+            for tile in (tried[0], *tried[1::7]):
+                got = cuda_quantized.multiply(x, weight, scale, None, tile)
+                assert_product(got[0], x[0], ops.dequantize(weight, scale)[None], tile)
+        print("equal")
+    """)
+
+
+def test_on_other_machines_and_for_other_matrices_there_is_one_line(command, monkeypatch):
+    code, _, err = command(tune_cuda.main)
+    assert code == 2 and "no CUDA device" in err and err.count("\n") == 1
+    monkeypatch.setattr(tune_cuda.machine, "choose_device", lambda: type("Device", (), {"type": "cuda"})())
+    monkeypatch.setattr(tune_cuda.ops, "bind", lambda _: None)
+    code, _, err = command(tune_cuda.main, "--matrices", "w13,wx")
+    assert code == 2 and "'wx'" in err and "wqkv" in err and err.count("\n") == 1
