@@ -153,7 +153,7 @@ class ChatTemplate:
         self.tokens = tokens
         try:
             self.program = environment.from_string(source)
-        except TemplateSyntaxError as e:
+        except (TemplateSyntaxError, SyntaxError, RecursionError) as e:  # jinja2 makes Python of it, and compiles that
             raise UserError(f"the checkpoint's chat template is not valid ({e}); download it again") from None
 
     @staticmethod
@@ -166,7 +166,8 @@ class ChatTemplate:
         try:
             return self.program.render(messages=messages, tools=None, documents=None, add_generation_prompt=True,
                                        **self.tokens)
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as e:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError,
+                RecursionError) as e:
             if isinstance(e, UserError):
                 raise
             raise UserError(f"the checkpoint's chat template fails ({e}); download it again") from None
