@@ -4,10 +4,13 @@ import json
 import random
 
 import pytest
+from conftest import ROOT
 from safetensors.torch import save_file
 
 from checkpoint import Checkpoint
+from config import read_json
 from errors import UserError
+from families import config_from_dict
 from scripts import fuzz
 from tokenizer import ChatTemplate
 
@@ -66,6 +69,14 @@ def test_a_template_that_python_cannot_run_is_refused_or_text(source):
         assert "chat template" in str(e)
     else:
         assert source == "(" * 99
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "head_dim",
+                                 "num_attention_heads", "num_key_value_heads", "max_position_embeddings"])
+def test_a_size_that_no_model_has_is_refused_before_anything_is_built(key):
+    document = read_json(ROOT / "checkpoints" / "demo" / "config.json")
+    with pytest.raises(UserError, match="at most"):
+        config_from_dict(document | {key: 6 * 10 ** 18})
 
 
 def test_what_came_is_shown_in_part_if_it_is_long_and_what_to_do_stays():
