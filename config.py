@@ -126,11 +126,11 @@ class ModelConfig:
     def __post_init__(self) -> None:  # sizes that no model has are no sizes: they would end in an overflow somewhere
         sizes = [("num_hidden_layers", len(self.layer_types))]
         for part in (self, *self.mixers.values(), *([self.experts] if self.experts else [])):
-            sizes += [(name, size) for name, size in vars(part).items()
-                      if type(size) is int and name not in ("shared_dim", "mtp_layers")]
+            sizes += [(name, size) for name, size in vars(part).items() if type(size) is int]
         for name, size in sizes:
-            if not 1 <= size <= (most := MOST.get(name, 1 << 16)):
-                raise UserError(f"config.json gives {name}={size}; it must be at least 1, and at most {most}")
+            least, most = int(name not in ("shared_dim", "mtp_layers")), MOST.get(name, 1 << 16)
+            if not least <= size <= most:
+                raise UserError(f"config.json gives {name}={size}; it must be at least {least} and at most {most}")
         if unknown := set(self.layer_types) - self.mixers.keys():
             raise UserError(f"config.json gives layers of type {unknown.pop()!r}; this family has "
                             f"{', '.join(self.mixers)}")
