@@ -18,6 +18,7 @@ class UserError(ValueError):
     @property
     def line(self) -> str:
         text = " ".join(str(self).split())
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # a terminal would obey some of them
         return text if len(text) <= MOST else f"{text[:MOST * 2 // 3]} ... {text[-MOST // 3:]}"
 
 

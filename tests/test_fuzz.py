@@ -81,4 +81,5 @@ def test_a_size_that_no_model_has_is_refused_before_anything_is_built(key):
 
 def test_what_came_is_shown_in_part_if_it_is_long_and_what_to_do_stays():
     line = UserError(f"config.json gives x={'A' * 5000}; a number is expected").line
+    assert UserError("it holds \x1b[2J and \0").line == r"it holds \x1b[2J and \x00"
     assert len(line) < 700 and line.startswith("config.json gives x=AAA") and line.endswith("a number is expected")
