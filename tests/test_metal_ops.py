@@ -12,6 +12,7 @@ from torch import Tensor
 
 import ops
 import ops.mps
+from ops import reference
 
 FORMATS = ("int8", 32, 64, 128)  # the number: columns to a scale of int4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -30,7 +31,7 @@ def fresh():
 
 
 @pytest.fixture(params=[*(pytest.param(order, marks=emulated) for order in emulator.ORDERS),
-                        *(["mps"] if torch.backends.mps.is_available() else [])])
+                        *([pytest.param("mps", marks=pytest.mark.mps)] if torch.backends.mps.is_available() else [])])
 def machine(request, monkeypatch) -> str:
     """The device of the tensors: cpu, where compile_shader is the emulator's, or mps."""
     if request.param == "mps":
@@ -70,11 +71,12 @@ def close(y: Tensor, x: Tensor, weight: Tensor, scale: Tensor, chosen: Tensor | 
     assert ((y.double() - truth).abs() <= bound).all(), ((y.double() - truth).abs() / bound).max()
 
 
-def call(name: str, machine: str, *tensors: Tensor) -> Tensor:
-    """The op through the dispatcher on a Mac; what is registered there, here."""
+def call(name: str, machine: str, *arguments) -> Tensor:
+    """The op through the dispatcher on a Mac; what is registered there, here. It may write what it is given here only.
+    """
     if machine == "mps":
-        return getattr(torch.ops.readonce, name)(*(t.to("mps") for t in tensors))
-    return getattr(ops.mps, name)(*tensors)
+        return getattr(torch.ops.readonce, name)(*(a.to("mps") if isinstance(a, Tensor) else a for a in arguments))
+    return getattr(ops.mps, name)(*arguments)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -112,12 +114,130 @@ def test_leading_dimensions_and_strides_do_not_matter(machine):
     close(y.view(6, 9), x[:, 64:], weight, scale)
 
 
+def test_many_rows_of_bfloat16_times_int8_are_rounded_twice(machine):
+    x, (weight, scale) = vectors(torch.bfloat16, ops.mps.FEW + 8, 96), quantized("int8", 64, 96)
+    y = call("quantized_linear", machine, x, weight, scale).cpu().double()
+    truth = x.double() @ ops.dequantize(weight, scale).double().mT
+    assert ((y - truth).abs() <= truth.abs() * 2 ** -7 + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_matrix_of_16_bits_is_multiplied_as_float64_would_and_rounded_once(machine, dtype):
+    for rows in (0, 1, random.randint(2, 4), random.randint(5, 16), 17):
+        inputs = random.choice((4 * random.randint(1, 200), 256 * random.randint(1, 3), random.randint(1, 99)))
+        x, weight = vectors(dtype, rows, inputs), torch.randn(random.randint(1, 40), inputs).to(dtype)
+        y = call("linear16", machine, x[:, None], weight).cpu()[:, 0]
+        truth, spread = x.double() @ weight.double().mT, x.double().abs() @ weight.double().abs().mT
+        kind = torch.finfo(dtype)
+        bound = (truth.abs() + kind.smallest_normal) * kind.eps / 2 + spread * 1e-6
+        assert y.dtype == dtype and ((y.double() - truth).abs() <= bound).all()
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+def attention_call(dtype: torch.dtype, S: int, E: int, window: int, size: int, rows: int = 2) -> list[Tensor]:
+    """q [B, K, G * S, E], caches, positions [B, S]. Slots behind the last position are not numbers."""
+    K, G = random.choice((1, 3)), random.choice((1, 2, 3, 5))
+    size = size if not window else window + S - 1 + random.choice((0, 0, 40))
+    q, (k, v) = torch.randn(rows, K, G * S, E).to(dtype), torch.randn(2, rows, K, size, E).to(dtype)
+    start = random.choice((1, 70, 5 * size if window else size))
+    positions = torch.randint(start if window else min(start, size - S + 1), (rows, 1)) + torch.arange(S)
+    for b, last in enumerate(positions[:, -1].tolist()):
+        k[b, :, last + 1:], v[b, :, last + 1:] = float("nan"), float("nan")
+    return [q, k, v, positions]
+
+
+def attends_right(y: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int,
+                  sinks: Tensor | None) -> None:
+    """y is what float64 has, rounded once, but for float32's errors in scores and sums."""
+    filled = torch.arange(k.shape[2])[:, None] <= positions[:, -1, None, None, None]  # the plain form reads all slots
+    k, v = (torch.where(filled, t, 0).double() for t in (k, v))
+    sinks = None if sinks is None else sinks.double()
+    truth, terms = (ops.masked_attention(q.double(), k, t, positions, scale, window, sinks) for t in (v, v.abs()))
+    kind, y = torch.finfo(y.dtype), y.cpu()
+    assert y.dtype == q.dtype and y.shape == q.shape
+    assert ((y.double() - truth).abs() <= truth.abs() * kind.eps / 2 + terms * 1e-5 + kind.smallest_normal).all()
+
+
+@pytest.mark.parametrize("E", [8, 64, 80, 128, 256, 512])
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("long", [False, True])
+def test_attention_over_the_filled_slots_is_float64s_rounded_once(machine, E, window, long, monkeypatch):
+    """Whole caches and rolling ones, part filled, full and gone round; a token and several; one reading for each row,
+    and several rows to a reading with the cache in splits; with sinks and without."""
+    if long:
+        monkeypatch.setattr(ops.mps, "LONG", 64)
+    for sinks in (False, True):
+        tensors = attention_call(random.choice(DTYPES), random.choice((1, 2, 7)), E, window, random.choice((70, 150)))
+        sunk = torch.randn(tensors[1].shape[1], tensors[0].shape[2]) * 3 if sinks else None
+        on_device = tensors if machine == "cpu" else [t.to(machine) for t in tensors]
+        arguments = (0.2, window, None if sunk is None else sunk.to(on_device[0].device))
+        attend = ops.mps.decode_attention if machine == "cpu" else torch.ops.readonce.decode_attention
+        attends_right(attend(*on_device, *arguments), *tensors, 0.2, window, sunk)
+
+
+def test_large_scores_do_not_overflow_and_what_is_not_a_number_stays_so(machine):
+    q, (k, v), positions = torch.randn(1, 2, 3, 32), torch.randn(2, 1, 2, 40, 32), torch.tensor([[30]])
+    sharp = call("decode_attention", machine, q * 1e4, k, v, positions, 1.0, 0, None).cpu()
+    best = (q @ k[:, :, :31].mT).argmax(-1)  # [1, 2, 3]
+    torch.testing.assert_close(sharp, v.gather(2, best[..., None].expand(-1, -1, -1, 32)))
+    v[0, 1, 7, 3] = float("nan")
+    y = call("decode_attention", machine, q, k, v, positions, 1.0, 0, None).cpu()
+    assert y[0, 0].isfinite().all() and y[0, 1, :, 3].isnan().all()
+
+
+def test_a_plan_fills_the_gpu_and_stays_in_threadgroup_memory():
+    for heads, rows, E, slots in ((8, 4, 128, 1024), (8, 4, 128, 1 << 17), (8, 4 * 16, 128, 4096), (4, 4, 256, 8192),
+                                  (1, 1, 512, 1 << 17), (256, 4, 64, 4096), (2, 7, 8, 70)):
+        together, simdgroups, splits = ops.mps.attention_plan(heads, rows, E, slots)
+        assert 4 * simdgroups * (-(-E // 32) * 32 + 2) <= 32768 and 32 * simdgroups <= 1024 and together <= rows
+        assert (splits == 1) if slots <= ops.mps.LONG else heads * -(-rows // together) * splits >= 32
+
+
+# -- Gated DeltaNet ---------------------------------------------------------------------------------------------------
+
+def delta_call(dtype: torch.dtype, S: int, K: int, V: int, shared: int, rewind: int, first: int) -> list[Tensor]:
+    """The tensors of `delta_step` for a call at `first` and, in another row, at some later position; slots of earlier
+    inputs that are not looked back on are not numbers."""
+    B, G, taps = 2, random.choice((1, 2)), 4
+    H, slots = G * shared, taps + rewind
+    C = 2 * G * K + H * V
+    positions = torch.tensor([[first], [first + random.randint(0, 9)]]) + torch.arange(S)
+    conv = torch.full((B, slots, C), float("nan")).to(dtype)
+    for b, p in enumerate(positions[:, 0].tolist()):
+        for back in range(1, min(taps - 1, p) + 1):
+            conv[b, (p - back) % slots] = torch.randn(C).to(dtype)
+    return [torch.randn(B, S, C + H * V).to(dtype), torch.randn(B, S, 2 * H).to(dtype), positions, conv,
+            torch.randn(B, rewind + 1, H, K, V), torch.randn(C, taps).to(dtype) * 0.5, torch.randn(H), torch.randn(H),
+            torch.randn(V)]
+
+
+@pytest.mark.parametrize("K, V, shared", [(16, 16, 2), (32, 48, 1), (128, 128, 2), (24, 64, 3)])
+@pytest.mark.parametrize("first", [0, 1, 2, 57])
+def test_a_step_of_the_delta_rule_is_float64s_rounded_once(machine, K, V, shared, first):
+    """A token and several, at the start of a text and later; what is remembered, too."""
+    dtype, rewind = random.choice(DTYPES), random.randint(0, 3)
+    S = random.randint(1, rewind + 1)
+    tensors = delta_call(dtype, S, K, V, shared, rewind, first)
+    wide = [t.clone() if i == 2 else t.double() for i, t in enumerate(tensors)]
+    truth = reference.delta_step(*wide, 1e-6)
+    on_device = [t.to("mps") for t in tensors] if machine == "mps" else tensors
+    step = torch.ops.readonce.delta_step if machine == "mps" else ops.mps.delta_step
+    y = step(*on_device, 1e-6).cpu()
+    assert y.dtype == dtype and y.shape == truth.shape
+    size = (wide[8] * torch.nn.functional.silu(wide[0][..., -truth.shape[-1]:].unflatten(-1, (-1, V)))).flatten(2).abs()
+    kind = torch.finfo(dtype)
+    assert ((y.double() - truth).abs() <= truth.abs() * kind.eps / 2 + size * 1e-4 + kind.smallest_normal).all()
+    torch.testing.assert_close(on_device[4].cpu().double(), wide[4], rtol=0, atol=2e-5)
+    torch.testing.assert_close(on_device[3].cpu().double(), wide[3], rtol=0, atol=0, equal_nan=True)
+
+
 def test_the_ops_of_apple_gpus_are_the_kernels():
-    for name in ("quantized_linear", "quantized_expert_linear"):
+    for name in ("linear16", "quantized_linear", "quantized_expert_linear", "decode_attention", "delta_step"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"readonce::{name}", "MPS")
 
 
-# -- the emulator notices what is wrong -------------------------------------------------------------------------------
+# -- what is wrong is noticed -------------------------------------------------------------------------------
 
 BROKEN = [("int4", "- 8 * plain[b]", ""), ("int4", "+ (k >> shift)]", "]"), ("int4", "bits & 0x0f00", "bits & 0x0e00"),
           ("int8", "k + 8 <= K", "k < K"), ("int8", "if (k < K)", "if (false)"),
@@ -137,83 +257,3 @@ def test_a_kernel_with_a_wrong_step_is_caught(kind, right, wrong, monkeypatch):
     x, (weight, scale) = vectors(torch.float32, 5, inputs), quantized(64 if kind == "int4" else kind, 7, inputs)
     with pytest.raises((AssertionError, IndexError)):
         close(ops.mps.quantized_linear(x, weight, scale), x, weight, scale)
-
-
-ROW_SUM = """
-kernel void row_sum(device const float* x, device float* y, constant long& columns,
-                    uint row [[threadgroup_position_in_grid]], uint at [[thread_index_in_threadgroup]],
-                    uint size [[threads_per_threadgroup]], uint group [[simdgroup_index_in_threadgroup]],
-                    uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float part[32];
-  float sum = 0;
-  for (uint i = at; i < columns; i += size) sum += x[row * columns + i];
-  sum = simd_sum(sum);
-  if (lane == 0) part[group] = sum;
-  BARRIER
-  if (group == 0) {
-    sum = simd_sum(lane < size / 32 ? part[lane] : 0.0f);
-    if (lane == 0) y[row] = sum;
-  }
-}
-"""
-
-
-def row_sum(barrier: str, order: str, x: Tensor) -> Tensor:
-    source = "#include <metal_stdlib>\nusing namespace metal;\n" + ROW_SUM.replace("BARRIER", barrier)
-    y = torch.empty(len(x))
-    emulator.compile_shader(source, order).row_sum(x, y, x.shape[1], threads=[128 * len(x)], group_size=[128])
-    return y
-
-
-@emulated
-def test_a_missing_barrier_is_caught_in_some_order():
-    x = torch.rand(5, 300)
-    barrier = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-
-    def right(barrier: str) -> list[bool]:
-        return [torch.allclose(row_sum(barrier, order, x), x.sum(1), rtol=1e-5) for order in emulator.ORDERS]
-
-    assert all(right(barrier))
-    assert not all(right(""))
-
-
-@emulated
-def test_threads_that_wait_at_different_lines_are_caught():
-    barrier = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-    with pytest.raises(RuntimeError, match="different lines"):
-        row_sum(f"if (group) {barrier} else {barrier}", "forward", torch.rand(2, 64))
-
-
-@emulated
-@pytest.mark.parametrize("order", emulator.ORDERS)
-def test_lanes_exchange_values_in_smaller_groups_at_the_edge(order):
-    """A grid of 5 x 3 groups of 32 x 2 threads cut to 150 x 5: what each lane gets of others, against plain PyTorch."""
-    kernel = """
-    kernel void lanes(device const int* x, device int* y, constant long& wide, uint2 at [[thread_position_in_grid]],
-                      uint lane [[thread_index_in_simdgroup]], uint2 size [[threads_per_threadgroup]]) {
-      const int v = x[at.y * wide + at.x];
-      const int before = simd_prefix_exclusive_sum(v), down = simd_shuffle_down(v, 1), most = simd_max(v);
-      device int* to = y + (at.y * wide + at.x) * 4;
-      to[0] = size.x == 32 ? before : 0; to[1] = lane < 31 ? down : 0; to[2] = size.x == 32 ? most : 0; to[3] = size.y;
-    }"""
-    x = torch.randint(-99, 99, (5, 160), dtype=torch.int32)
-    y = torch.empty(5, 160, 4, dtype=torch.int32)
-    source = "#include <metal_stdlib>\nusing namespace metal;\n" + kernel
-    emulator.compile_shader(source, order).lanes(x, y, 160, threads=[160, 5, 1], group_size=[32, 2, 1])
-    parts = x.view(5, 5, 32)
-    assert torch.equal(y[..., 0].view_as(parts), (parts.cumsum(-1) - parts).int())
-    assert torch.equal(y[..., 1].view_as(parts)[..., :-1], parts[..., 1:])
-    assert torch.equal(y[..., 2].view_as(parts), parts.amax(-1, keepdim=True).expand_as(parts))
-    assert (y[:4, :, 3] == 2).all() and (y[4, :, 3] == 1).all()
-
-
-@emulated
-def test_bfloat_is_rounded_as_pytorch_rounds_it():
-    source = """#include <metal_stdlib>
-    using namespace metal;
-    kernel void add(device const bfloat* a, device const bfloat* b, device bfloat* y,
-                    uint i [[thread_position_in_grid]]) { y[i] = a[i] + b[i]; }"""
-    a, b = torch.randn(2, 1000).bfloat16()
-    y = torch.empty_like(a)
-    emulator.compile_shader(source).add(a, b, y, threads=[1000])
-    assert torch.equal(y, a + b)
