@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-INCLUDE = Path(__file__).parent / "include"
+INCLUDES = ["-I", str(Path(__file__).parent / "include"), "-I", str(Path(torch.__file__).parent / "include")]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-fsigned-char", "-fno-strict-aliasing", "-ffp-contract=off"]
 ORDERS = ("forward", "reverse", "shuffled")
 MARGIN = 4096  # bytes set to all ones, before and after each tensor
@@ -81,7 +81,7 @@ def build(source: str) -> tuple[ctypes.CDLL, dict[str, int]]:
                       *(text for text, _ in entries.values())])
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "kernels.so"
-        run = subprocess.run(["g++", *FLAGS, "-I", INCLUDE, "-x", "c++", "-", "-o", library],
+        run = subprocess.run(["g++", *FLAGS, *INCLUDES, "-x", "c++", "-", "-o", library],
                              input=code, capture_output=True, text=True)
         if run.returncode:
             raise SyntaxError(run.stderr[:4000])
