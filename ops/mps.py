@@ -3,8 +3,8 @@ Imported by `ops.bind` only.
 
 No Apple hardware has run this. Its tests (tests/test_metal*.py) run the kernels, and the dispatch here, in an emulator
 on a CPU: that checks indices, tails and arithmetic; it knows nothing of Apple's compiler or of speed.
-Glossary: M rows of x, K inputs, N outputs; in attention B batch, S tokens, K kv heads, R = G * S query rows per kv head,
-L slots, E head_dim.
+Glossary: M rows of x, K inputs, N outputs; in attention B batch, S tokens, K kv heads, R = G * S query rows per kv
+head, L slots, E head_dim.
 """
 import functools
 import math
@@ -115,7 +115,7 @@ def quantized_expert_linear(x: Tensor, weight: Tensor, scale: Tensor, chosen: Te
 def attention_plan(heads: int, rows: int, head_dim: int, slots: int) -> tuple[int, int, int]:
     """For `heads` kv heads of all rows of the batch: query rows that share a reading, simdgroups, splits of the cache.
 
-    A short cache is read by a threadgroup for each query row, as long as those are few; the caches of the GPU then serve
+    A short cache is read by a threadgroup for each query row, as long as those are few; the GPU's own caches then serve
     the rows of a head. Of a long one each byte comes from memory, and more threadgroups are needed.
     """
     simdgroups = max(1, min(THREADS // 32, SHARED // (-(-head_dim // 32) * 32)))
@@ -123,7 +123,7 @@ def attention_plan(heads: int, rows: int, head_dim: int, slots: int) -> tuple[in
         return 1, simdgroups, 1
     together = min(rows, 4 if head_dim <= 256 else 2)
     groups = heads * -(-rows // together)
-    splits = min(-(-slots // 512), 32, -(-2 * GROUPS // groups)) if slots > LONG else 1
+    splits = min(-(-slots // (LONG // 2)), 32, -(-2 * GROUPS // groups)) if slots > LONG else 1
     return together, max(1, simdgroups // 2), splits  # more registers to a thread, fewer threads
 
 
@@ -163,7 +163,7 @@ def delta_step(qkvz: Tensor, ba: Tensor, positions: Tensor, conv: Tensor, state:
     (B, S, _), (_, slots, channels), (_, states, H, K, V) = qkvz.shape, conv.shape, state.shape
     kinds = {t.dtype for t in (qkvz, ba, conv, taps)}
     assert kinds == {qkvz.dtype} and state.dtype == torch.float32 and positions.dtype == torch.int64, kinds
-    assert conv.is_contiguous() and state.is_contiguous() and S <= states and taps.shape[1] - 1 + S <= slots
+    assert conv.is_contiguous() and state.is_contiguous() and states >= S and taps.shape[1] - 1 + S <= slots
     parts = 1 << (min(K, THREADS // V).bit_length() - 1)
     while K % parts:
         parts //= 2
@@ -171,8 +171,8 @@ def delta_step(qkvz: Tensor, ba: Tensor, positions: Tensor, conv: Tensor, state:
     y = qkvz.new_empty(B, S, H * V)
     vectors = (t.float().contiguous() for t in (decay, shift, norm))
     kernels.delta_step(
-        qkvz.contiguous(), ba.contiguous(), positions.contiguous(), conv, state, taps.contiguous(), *vectors, y, eps, S, H,
-        (channels - H * V) // (2 * K), slots, states, threads=[V * parts * H, B, 1], group_size=[V * parts, 1, 1])
+        qkvz.contiguous(), ba.contiguous(), positions.contiguous(), conv, state, taps.contiguous(), *vectors, y, eps,
+        S, H, (channels - H * V) // (2 * K), slots, states, threads=[V * parts * H, B, 1], group_size=[V * parts, 1, 1])
     return y
 
 

@@ -137,7 +137,6 @@ kernel void attend(device const X* q, device const X* k, device const X* v, devi
       tops[((head * uint(splits) + at.z) * R + number) * 2] = top;
       tops[((head * uint(splits) + at.z) * R + number) * 2 + 1] = total;
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);  // before the next row's sums take the place of these
   }
 }
 

@@ -51,8 +51,8 @@ def delta_step(qkvz: Tensor, ba: Tensor, positions: Tensor, conv: Tensor, state:
     """A Gated DeltaNet layer between its matrices, for tokens at positions [B, S]; conv and state are written.
 
     qkvz [B, S, C + H * V], ba [B, S, 2 H], conv [B, slots, C], state [B, R, H, K, V], taps [C, n], decay and shift [H],
-    norm [V] -> y [B, S, H * V]. Position p's inputs lie in slot p % slots, the state after t tokens in slot t % R; there
-    is nothing before position 0. Computed in the dtype of `state`.
+    norm [V] -> y [B, S, H * V]. Position p's inputs lie in slot p % slots, the state after t tokens in slot t % R;
+    there is nothing before position 0. Computed in the dtype of `state`.
     """
     (B, S), C, (R, H, K, V) = positions.shape, conv.shape[2], state.shape[1:]
     y = state.new_empty(B, S, H, V)

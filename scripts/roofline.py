@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 import device as machine
-from config import ModelConfig, Quantization
+from config import AttentionConfig, ModelConfig, Quantization
 from errors import Parser, UserError, run_command
 from families import config_of_shape, shapes
 from generate import DEMO
@@ -139,6 +139,20 @@ def load_of(config: ModelConfig, dtype: torch.dtype, ranks: int, batch: int, con
     return Load(sum(p.nbytes for p in model.parameters()), batch * model.cache_bytes(context),
                 model.weight_bytes_per_token(batch), batch * model.cache_bytes(depth), operations,
                 sums * len(config.layer_types) + 2 if ranks > 1 else 0, batch * config.dim * dtype.itemsize)
+
+
+# Kernels of a layer as PyTorch's compiler makes them for an Apple GPU at batch 1; tests/test_metal_steps.py counts.
+ATTENTION, GATE, DELTA_NET, REST = 10, 1, 9, 6  # REST: final norm, head, choosing a token, the next position
+LONG = 1024  # positions past which attention takes two kernels
+
+
+def dispatches(config: ModelConfig, context: int) -> int | None:
+    """Kernels of a step; None where nobody has counted: with experts."""
+    if config.experts:
+        return None
+    mixers = [config.mixers[kind] for kind in config.layer_types]
+    return REST + sum(ATTENTION + GATE * mixer.gated + (min(context, mixer.window or context) > LONG)
+                      if isinstance(mixer, AttentionConfig) else DELTA_NET for mixer in mixers)
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------

@@ -1,43 +1,19 @@
 """The Metal kernels compute what the plain forms compute. They run in an emulator on a CPU (tests/metal/emulator.py),
 in three orders of threads, and on an Apple GPU where there is one."""
-import functools
 import random
-import shutil
-import sys
 
 import pytest
 import torch
 from metal import emulator
+from metal.machines import DTYPES, call, emulated
 from torch import Tensor
 
 import ops
 import ops.mps
-from ops import reference
+
+pytest_plugins = ["metal.machines"]
 
 FORMATS = ("int8", 32, 64, 128)  # the number: columns to a scale of int4
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-emulated = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="the emulator needs g++")
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    """New numbers each time, and NaN in what nothing writes; the seed is shown if a test fails."""
-    print("seed", torch.seed())
-    torch.use_deterministic_algorithms(True)
-    ops.mps.compiled.cache_clear()
-    yield
-    ops.mps.compiled.cache_clear()
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=[*(pytest.param(order, marks=emulated) for order in emulator.ORDERS),
-                        *([pytest.param("mps", marks=pytest.mark.mps)] if torch.backends.mps.is_available() else [])])
-def machine(request, monkeypatch) -> str:
-    """The device of the tensors: cpu, where compile_shader is the emulator's, or mps."""
-    if request.param == "mps":
-        return "mps"
-    monkeypatch.setattr(torch.mps, "compile_shader", functools.partial(emulator.compile_shader, order=request.param))
-    return "cpu"
 
 
 def quantized(kind: str | int, outputs: int, inputs: int, *experts: int) -> tuple[Tensor, Tensor]:
@@ -69,14 +45,6 @@ def close(y: Tensor, x: Tensor, weight: Tensor, scale: Tensor, chosen: Tensor | 
     y = y.cpu()
     assert y.dtype == x.dtype and y.shape == truth.shape, (y.dtype, y.shape)
     assert ((y.double() - truth).abs() <= bound).all(), ((y.double() - truth).abs() / bound).max()
-
-
-def call(name: str, machine: str, *arguments) -> Tensor:
-    """The op through the dispatcher on a Mac; what is registered there, here. It may write what it is given here only.
-    """
-    if machine == "mps":
-        return getattr(torch.ops.readonce, name)(*(a.to("mps") if isinstance(a, Tensor) else a for a in arguments))
-    return getattr(ops.mps, name)(*arguments)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -133,111 +101,12 @@ def test_a_matrix_of_16_bits_is_multiplied_as_float64_would_and_rounded_once(mac
         assert y.dtype == dtype and ((y.double() - truth).abs() <= bound).all()
 
 
-# -- attention --------------------------------------------------------------------------------------------------------
-
-def attention_call(dtype: torch.dtype, S: int, E: int, window: int, size: int, rows: int = 2) -> list[Tensor]:
-    """q [B, K, G * S, E], caches, positions [B, S]. Slots behind the last position are not numbers."""
-    K, G = random.choice((1, 3)), random.choice((1, 2, 3, 5))
-    size = size if not window else window + S - 1 + random.choice((0, 0, 40))
-    q, (k, v) = torch.randn(rows, K, G * S, E).to(dtype), torch.randn(2, rows, K, size, E).to(dtype)
-    start = random.choice((1, 70, 5 * size if window else size))
-    positions = torch.randint(start if window else min(start, size - S + 1), (rows, 1)) + torch.arange(S)
-    for b, last in enumerate(positions[:, -1].tolist()):
-        k[b, :, last + 1:], v[b, :, last + 1:] = float("nan"), float("nan")
-    return [q, k, v, positions]
-
-
-def attends_right(y: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int,
-                  sinks: Tensor | None) -> None:
-    """y is what float64 has, rounded once, but for float32's errors in scores and sums."""
-    filled = torch.arange(k.shape[2])[:, None] <= positions[:, -1, None, None, None]  # the plain form reads all slots
-    k, v = (torch.where(filled, t, 0).double() for t in (k, v))
-    sinks = None if sinks is None else sinks.double()
-    truth, terms = (ops.masked_attention(q.double(), k, t, positions, scale, window, sinks) for t in (v, v.abs()))
-    kind, y = torch.finfo(y.dtype), y.cpu()
-    assert y.dtype == q.dtype and y.shape == q.shape
-    assert ((y.double() - truth).abs() <= truth.abs() * kind.eps / 2 + terms * 1e-5 + kind.smallest_normal).all()
-
-
-@pytest.mark.parametrize("E", [8, 64, 80, 128, 256, 512])
-@pytest.mark.parametrize("window", [0, 20])
-@pytest.mark.parametrize("long", [False, True])
-def test_attention_over_the_filled_slots_is_float64s_rounded_once(machine, E, window, long, monkeypatch):
-    """Whole caches and rolling ones, part filled, full and gone round; a token and several; one reading for each row,
-    and several rows to a reading with the cache in splits; with sinks and without."""
-    if long:
-        monkeypatch.setattr(ops.mps, "LONG", 64)
-    for sinks in (False, True):
-        tensors = attention_call(random.choice(DTYPES), random.choice((1, 2, 7)), E, window, random.choice((70, 150)))
-        sunk = torch.randn(tensors[1].shape[1], tensors[0].shape[2]) * 3 if sinks else None
-        on_device = tensors if machine == "cpu" else [t.to(machine) for t in tensors]
-        arguments = (0.2, window, None if sunk is None else sunk.to(on_device[0].device))
-        attend = ops.mps.decode_attention if machine == "cpu" else torch.ops.readonce.decode_attention
-        attends_right(attend(*on_device, *arguments), *tensors, 0.2, window, sunk)
-
-
-def test_large_scores_do_not_overflow_and_what_is_not_a_number_stays_so(machine):
-    q, (k, v), positions = torch.randn(1, 2, 3, 32), torch.randn(2, 1, 2, 40, 32), torch.tensor([[30]])
-    sharp = call("decode_attention", machine, q * 1e4, k, v, positions, 1.0, 0, None).cpu()
-    best = (q @ k[:, :, :31].mT).argmax(-1)  # [1, 2, 3]
-    torch.testing.assert_close(sharp, v.gather(2, best[..., None].expand(-1, -1, -1, 32)))
-    v[0, 1, 7, 3] = float("nan")
-    y = call("decode_attention", machine, q, k, v, positions, 1.0, 0, None).cpu()
-    assert y[0, 0].isfinite().all() and y[0, 1, :, 3].isnan().all()
-
-
-def test_a_plan_fills_the_gpu_and_stays_in_threadgroup_memory():
-    for heads, rows, E, slots in ((8, 4, 128, 1024), (8, 4, 128, 1 << 17), (8, 4 * 16, 128, 4096), (4, 4, 256, 8192),
-                                  (1, 1, 512, 1 << 17), (256, 4, 64, 4096), (2, 7, 8, 70)):
-        together, simdgroups, splits = ops.mps.attention_plan(heads, rows, E, slots)
-        assert 4 * simdgroups * (-(-E // 32) * 32 + 2) <= 32768 and 32 * simdgroups <= 1024 and together <= rows
-        assert (splits == 1) if slots <= ops.mps.LONG else heads * -(-rows // together) * splits >= 32
-
-
-# -- Gated DeltaNet ---------------------------------------------------------------------------------------------------
-
-def delta_call(dtype: torch.dtype, S: int, K: int, V: int, shared: int, rewind: int, first: int) -> list[Tensor]:
-    """The tensors of `delta_step` for a call at `first` and, in another row, at some later position; slots of earlier
-    inputs that are not looked back on are not numbers."""
-    B, G, taps = 2, random.choice((1, 2)), 4
-    H, slots = G * shared, taps + rewind
-    C = 2 * G * K + H * V
-    positions = torch.tensor([[first], [first + random.randint(0, 9)]]) + torch.arange(S)
-    conv = torch.full((B, slots, C), float("nan")).to(dtype)
-    for b, p in enumerate(positions[:, 0].tolist()):
-        for back in range(1, min(taps - 1, p) + 1):
-            conv[b, (p - back) % slots] = torch.randn(C).to(dtype)
-    return [torch.randn(B, S, C + H * V).to(dtype), torch.randn(B, S, 2 * H).to(dtype), positions, conv,
-            torch.randn(B, rewind + 1, H, K, V), torch.randn(C, taps).to(dtype) * 0.5, torch.randn(H), torch.randn(H),
-            torch.randn(V)]
-
-
-@pytest.mark.parametrize("K, V, shared", [(16, 16, 2), (32, 48, 1), (128, 128, 2), (24, 64, 3)])
-@pytest.mark.parametrize("first", [0, 1, 2, 57])
-def test_a_step_of_the_delta_rule_is_float64s_rounded_once(machine, K, V, shared, first):
-    """A token and several, at the start of a text and later; what is remembered, too."""
-    dtype, rewind = random.choice(DTYPES), random.randint(0, 3)
-    S = random.randint(1, rewind + 1)
-    tensors = delta_call(dtype, S, K, V, shared, rewind, first)
-    wide = [t.clone() if i == 2 else t.double() for i, t in enumerate(tensors)]
-    truth = reference.delta_step(*wide, 1e-6)
-    on_device = [t.to("mps") for t in tensors] if machine == "mps" else tensors
-    step = torch.ops.readonce.delta_step if machine == "mps" else ops.mps.delta_step
-    y = step(*on_device, 1e-6).cpu()
-    assert y.dtype == dtype and y.shape == truth.shape
-    size = (wide[8] * torch.nn.functional.silu(wide[0][..., -truth.shape[-1]:].unflatten(-1, (-1, V)))).flatten(2).abs()
-    kind = torch.finfo(dtype)
-    assert ((y.double() - truth).abs() <= truth.abs() * kind.eps / 2 + size * 1e-4 + kind.smallest_normal).all()
-    torch.testing.assert_close(on_device[4].cpu().double(), wide[4], rtol=0, atol=2e-5)
-    torch.testing.assert_close(on_device[3].cpu().double(), wide[3], rtol=0, atol=0, equal_nan=True)
-
-
 def test_the_ops_of_apple_gpus_are_the_kernels():
     for name in ("linear16", "quantized_linear", "quantized_expert_linear", "decode_attention", "delta_step"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"readonce::{name}", "MPS")
 
 
-# -- what is wrong is noticed -------------------------------------------------------------------------------
+# -- what is wrong is noticed -----------------------------------------------------------------------------------------
 
 BROKEN = [("int4", "- 8 * plain[b]", ""), ("int4", "+ (k >> shift)]", "]"), ("int4", "bits & 0x0f00", "bits & 0x0e00"),
           ("int8", "k + 8 <= K", "k < K"), ("int8", "if (k < K)", "if (false)"),
@@ -246,6 +115,7 @@ BROKEN = [("int4", "- 8 * plain[b]", ""), ("int4", "+ (k >> shift)]", "]"), ("in
 
 
 @emulated
+@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize(("kind", "right", "wrong"), BROKEN)
 def test_a_kernel_with_a_wrong_step_is_caught(kind, right, wrong, monkeypatch):
     def compile_wrong(source: str) -> emulator.Library:

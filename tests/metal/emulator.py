@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 INCLUDES = ["-I", str(Path(__file__).parent / "include"), "-I", str(Path(torch.__file__).parent / "include")]
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-fsigned-char", "-fno-strict-aliasing", "-ffp-contract=off"]
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-fsigned-char", "-fno-strict-aliasing", "-ffp-contract=off",
+         "-fsingle-precision-constant"]  # Metal knows no double
 ORDERS = ("forward", "reverse", "shuffled")
 MARGIN = 4096  # bytes set to all ones, before and after each tensor
 MOST_THREADS = 1024  # to a threadgroup

@@ -7,6 +7,7 @@ build of PyTorch without MPS lacks but a guard that switches devices, for which 
 """
 import contextlib
 import ctypes
+import functools
 import re
 import subprocess
 import tempfile
@@ -53,15 +54,16 @@ class Enough(Exception):
     """Compiled; not to be run."""
 
 
+@functools.cache
 def load_guard() -> None:
-    """Once for a process; it cannot be taken back, and changes nothing that has no tensor on mps."""
-    if torch._C._get_accelerator(False) is not None and torch.backends.mps.is_built():
+    """It cannot be taken back, and changes nothing for those who have no tensor on mps."""
+    if torch.backends.mps.is_built():
         return
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "guard.so"
-        subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", "-I", root / "include", "-x", "c++", "-", "-o", library,
-                        "-L", root / "lib", "-lc10"], input=GUARD, text=True, check=True)
+        subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", "-I", root / "include", "-x", "c++", "-",
+                        "-o", library, "-L", root / "lib", "-lc10"], input=GUARD, text=True, check=True)
         ctypes.CDLL(str(library))
 
 

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
+from metal import emulator
+from metal.fake_mps import Compiled
 from torch import Tensor, nn
 
 import ops.mps
-from metal import emulator
-from metal.fake_mps import Compiled
 
 OPERATORS = ("linear16", "quantized_linear", "quantized_expert_linear", "decode_attention", "delta_step")
 
