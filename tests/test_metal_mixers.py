@@ -14,7 +14,7 @@ import ops
 import ops.mps
 from ops import reference
 
-pytest_plugins = ["metal.machines"]
+pytest_plugins = ["metal.fixtures"]
 
 # -- attention --------------------------------------------------------------------------------------------------------
 

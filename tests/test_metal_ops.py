@@ -11,7 +11,7 @@ from torch import Tensor
 import ops
 import ops.mps
 
-pytest_plugins = ["metal.machines"]
+pytest_plugins = ["metal.fixtures"]
 
 FORMATS = ("int8", 32, 64, 128)  # the number: columns to a scale of int4
 

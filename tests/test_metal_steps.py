@@ -25,7 +25,7 @@ from loader import materialize
 from model import Transformer
 from quantize import quantize_
 from sampling import Sampling, sample
-from scripts import roofline
+from scripts.dispatches import kernels_of_step
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="the emulator needs g++")
 
@@ -115,7 +115,7 @@ def test_a_step_is_one_graph_of_few_dispatches_that_writes_its_caches_in_place(s
     if shape == "Llama-3.1-8B":
         assert counts["full"] == {10}
     else:  # greedy, as the model of dispatches has it
-        assert total == roofline.dispatches(whole, 1024) <= 350
+        assert total == kernels_of_step(whole, 1024) <= 350
     print(shape, counts, found.rest, total)
 
 
@@ -189,8 +189,9 @@ def compiled_tiny(family: str, mode: str | None, streams: bool) -> tuple[fake_mp
         return compile_step(config, step_with_logits, length=256), config
 
 
-# What ratios may show that are 1 in the mean: a hybrid's single steps differ by a factor of two in either direction.
-ALLOWED = {"Llama 3.2": 1.1, "Gemma 3": 1.1, "Qwen3.5": 1.5}
+# What a ratio of chance errors may show; 0.6 to 1.05 were seen. A hybrid's single steps differ by a factor of two in
+# either direction.
+ALLOWED = {"Llama 3.2": 1.15, "Gemma 3": 1.15, "Qwen3.5": 1.3}
 
 
 @pytest.mark.parametrize("family, mode, streams", [
@@ -208,4 +209,4 @@ def test_a_step_with_a_wrong_kernel_is_caught(right, wrong, monkeypatch):
     monkeypatch.setattr(emulator, "compile_shader", lambda source, order: read(source.replace(right, wrong), order))
     ratio = error_over_the_cpus(*compiled_tiny("Qwen3.5", None, False), models=1, steps=6)
     print(wrong, ratio)
-    assert ratio > 2 * ALLOWED["Qwen3.5"]
+    assert ratio > ALLOWED["Qwen3.5"]
