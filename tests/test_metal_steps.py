@@ -14,6 +14,7 @@ import torch
 from metal import emulator, fake_mps, whole_step
 from tiny_models import BASE, FAMILIES
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import device as machine
 import ops
@@ -117,6 +118,18 @@ def test_a_step_is_one_graph_of_few_dispatches_that_writes_its_caches_in_place(s
     else:  # greedy, as the model of dispatches has it
         assert total == kernels_of_step(whole, 1024) <= 350
     print(shape, counts, found.rest, total)
+
+
+def test_pytorch_multiplies_activations_of_two_dimensions_only(monkeypatch):
+    """There it takes slower ways for more."""
+    seen, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(ops.F, "linear", lambda x, weight: seen.append(x.dim()) or linear(x, weight))
+    monkeypatch.setattr(ops, "MPS_STREAMS", True)
+    with fake_mps.pretended(), FakeTensorMode():
+        for dtype in (torch.bfloat16, torch.float32):
+            y = ops.linear(*(torch.zeros(*shape, 64, dtype=dtype, device=MPS) for shape in ((2, 3), (5,))))
+            assert y.shape == (2, 3, 5)
+    assert seen == [2, 2]
 
 
 # -- at small widths, in the emulator ---------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ types, include/threads.h for its threads.
 
 Covered: indices, layouts, tails, the grid and its smaller groups at the edges, vectors, rounding to bfloat and half,
 reductions and shuffles of a simdgroup among the lanes that are active, barriers. The threads of a group run forward,
-in reverse or shuffled, and change only at barriers and operations of a simdgroup: where one is missing, an order gives
-another result. Bytes around each tensor are set to all ones, so that a number read from there is NaN (or -1), and a
-write there raises IndexError. Threads of a group that wait at different lines raise RuntimeError.
+in reverse or shuffled, and change only at barriers and operations of a simdgroup, each of which runs as far as it can:
+where one is missing, an order gives another result. Bytes around each tensor are set to all ones, so that a number read
+from there is NaN (or -1), and a write there raises IndexError. Threads of a group that wait at different lines raise
+RuntimeError.
 
 Not covered: whether Apple's compiler takes the text (address spaces above all) and what its fast mathematics do, speed,
 registers, the sizes of threadgroup memory and of groups that a chip allows, memory order in hardware, races between

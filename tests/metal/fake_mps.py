@@ -24,6 +24,8 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.output_code import CompiledFxGraph
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from aot import compiled
+
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 namespace c10::impl { C10_REGISTER_GUARD_IMPL(MPS, NoOpDeviceGuardImpl<DeviceType::MPS>); }
@@ -78,7 +80,7 @@ def pretended() -> Iterator[None]:
 
 
 def compiled_for_mps(build: Callable[[], tuple[nn.Module, list[Tensor], dict]], function: Callable) -> Compiled:
-    """function(model, *inputs, options) as `aot.compiled` has it compiled for a GPU, without a break."""
+    """function(model, *inputs, options) as `aot.compiled` compiles it for a GPU; a break in the graph is an error."""
     sources, called = [], []
 
     def stop(self, inputs):
@@ -91,7 +93,7 @@ def compiled_for_mps(build: Callable[[], tuple[nn.Module, list[Tensor], dict]], 
           torch._inductor.config.patch(force_disable_caches=True, joint_graph_constant_folding=False),
           FakeTensorMode(), contextlib.suppress(Enough)):
         model, inputs, options = build()
-        torch.compile(function, fullgraph=True, dynamic=False)(model, *inputs, options)
+        compiled(function, torch.device("mps"))(model, *inputs, options)
     torch._dynamo.reset()
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False),
              *((f"input {i}", t) for i, t in enumerate(inputs)),
