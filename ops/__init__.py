@@ -344,8 +344,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: 
                      sinks: Tensor | None) -> Tensor:
     """Rows q [B, K, R, E] over whole caches [B, K, L, E]; row r stands at positions[:, r % S] -> [B, K, R, E].
 
-    Position p lives in slot p % L; window 0: none. Cost follows L; ops/cuda.py and ops/cpu_attention.cpp have forms
-    whose cost follows the filled part.
+    Position p lives in slot p % L; window 0: none. Cost follows L; the devices' files have forms whose cost
+    follows the filled part.
     """
     keys = slot_positions(positions[:, -1:], torch.arange(k.shape[2], device=q.device), k.shape[2])
     seen = visible(keys, positions, window or None)  # [B, S, L]

@@ -64,7 +64,7 @@ kernel void attend(device const X* q, device const X* k, device const X* v, devi
                    constant float& scale, constant long& heads, constant long& rows, constant long& tokens,
                    constant long& slots, constant long& window, constant long& sunk, constant long& splits,
                    uint3 at [[threadgroup_position_in_grid]], uint thread_number [[thread_index_in_threadgroup]],
-                   uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+                   uint simd_number [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float sums[SIMDGROUPS][32 * PER];
   threadgroup float most[SIMDGROUPS];
   threadgroup float totals[SIMDGROUPS];
@@ -90,7 +90,7 @@ kernel void attend(device const X* q, device const X* k, device const X* v, devi
     row[r].total = 0;
     row[r].position = uint(position[number % S]);
   }
-  for (uint i = at.z * share + simdgroup; i < last; i += SIMDGROUPS) {
+  for (uint i = at.z * share + simd_number; i < last; i += SIMDGROUPS) {
     const uint p = first + i, slot = first_slot + i < L ? first_slot + i : first_slot + i - L;
     const Part key = part_of(k + slot * E, lane), value = part_of(v + slot * E, lane);
     UNROLL for (uint r = 0; r < ROWS; r++) {
@@ -103,8 +103,8 @@ kernel void attend(device const X* q, device const X* k, device const X* v, devi
   UNROLL for (uint r = 0; r < ROWS; r++) {
     const uint number = at.x * ROWS + r, result = head * R + number;
     if (lane == 0) {
-      most[simdgroup] = row[r].largest;
-      totals[simdgroup] = row[r].total;
+      most[simd_number] = row[r].largest;
+      totals[simd_number] = row[r].total;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     float top = NEVER, total = 0;
@@ -119,7 +119,7 @@ kernel void attend(device const X* q, device const X* k, device const X* v, devi
     }
     total += sinks_too ? exp2(sink - top) : 0.0f;
     UNROLL for (uint i = 0; i < PER; i++) {
-      sums[simdgroup][lane * PER + i] = row[r].sum.of[i] * exp2(row[r].largest - top);
+      sums[simd_number][lane * PER + i] = row[r].sum.of[i] * exp2(row[r].largest - top);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint e = thread_number; e < E && number < R; e += 32 * SIMDGROUPS) {

@@ -32,10 +32,10 @@ inline float softplus(float x) {
 }
 
 // The sum of a number of every thread, for all of them.
-inline float sum_of_threads(float number, threadgroup float* room, uint simdgroup, uint lane) {
+inline float sum_of_threads(float number, threadgroup float* room, uint simd_number, uint lane) {
   const float part = simd_sum(number);
   if (lane == 0) {
-    room[simdgroup] = part;
+    room[simd_number] = part;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   float sum = 0;
@@ -78,7 +78,7 @@ kernel void delta_step(device const X* qkvz, device const X* ba, device const lo
                        device const float* norm, device X* y, constant float& eps, constant long& tokens,
                        constant long& heads, constant long& key_heads, constant long& slots, constant long& states,
                        uint3 at [[threadgroup_position_in_grid]], uint thread_number [[thread_index_in_threadgroup]],
-                       uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+                       uint simd_number [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float room[SIMDGROUPS];
   threadgroup float q[KEY];
   threadgroup float k[KEY];
@@ -107,8 +107,8 @@ kernel void delta_step(device const X* qkvz, device const X* ba, device const lo
     for (uint i = thread_number; i < VALUE; i += THREADS) {
       v[i] = convolve(from, taps, t, v_first + i);
     }
-    const float q_scale = rsqrt((sum_of_threads(q_square, room, simdgroup, lane) + 1e-6f) * KEY);
-    const float k_scale = rsqrt(sum_of_threads(k_square, room, simdgroup, lane) + 1e-6f);
+    const float q_scale = rsqrt((sum_of_threads(q_square, room, simd_number, lane) + 1e-6f) * KEY);
+    const float k_scale = rsqrt(sum_of_threads(k_square, room, simd_number, lane) + 1e-6f);
 
     device const X* gates = ba + (b * S + t) * 2 * H;
     const float fade = exp(-exp(decay[head]) * softplus(float(gates[H + head]) + shift[head]));
@@ -121,7 +121,7 @@ kernel void delta_step(device const X* qkvz, device const X* ba, device const lo
     }
     known_of[part][column] = known;
     asked_of[part][column] = asked;
-    both = sum_of_threads(both, room, simdgroup, lane);
+    both = sum_of_threads(both, room, simd_number, lane);
     known = 0, asked = 0;
     for (uint i = 0; i < PARTS; i++) {
       known += known_of[i][column];
@@ -134,7 +134,7 @@ kernel void delta_step(device const X* qkvz, device const X* ba, device const lo
       after[(part * HELD + i) * VALUE + column] = held[i];
     }
     const float o = fade * asked + both * difference;
-    const float square = sum_of_threads(part == 0 ? o * o : 0.0f, room, simdgroup, lane);
+    const float square = sum_of_threads(part == 0 ? o * o : 0.0f, room, simd_number, lane);
     if (part == 0) {
       const float gate = silu(float(from.now[t * width + C + head * VALUE + column]));
       y[((b * S + t) * H + head) * VALUE + column] = X(o * rsqrt(square / VALUE + eps) * norm[column] * gate);
