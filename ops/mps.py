@@ -164,6 +164,7 @@ def delta_step(qkvz: Tensor, ba: Tensor, positions: Tensor, conv: Tensor, state:
     kinds = {t.dtype for t in (qkvz, ba, conv, taps)}
     assert kinds == {qkvz.dtype} and state.dtype == torch.float32 and positions.dtype == torch.int64, kinds
     assert conv.is_contiguous() and state.is_contiguous() and states >= S and taps.shape[1] - 1 + S <= slots
+    assert V <= THREADS, V
     parts = 1 << (min(K, THREADS // V).bit_length() - 1)
     while K % parts:
         parts //= 2

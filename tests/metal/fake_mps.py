@@ -90,7 +90,7 @@ def compiled_for_mps(build: Callable[[], tuple[nn.Module, list[Tensor], dict]], 
     torch._dynamo.reset()
     with (pretended(), mock.patch.object(CompiledFxGraph, "__call__", stop), torch.no_grad(),
           mock.patch.object(GraphLowering, "save_output_code", staticmethod(sources.append)),
-          torch._inductor.config.patch(force_disable_caches=True, joint_graph_constant_folding=False),
+          torch._inductor.config.patch(force_disable_caches=True, joint_graph_constant_folding=False),  # it would run
           FakeTensorMode(), contextlib.suppress(Enough)):
         model, inputs, options = build()
         compiled(function, torch.device("mps"))(model, *inputs, options)
