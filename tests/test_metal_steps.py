@@ -35,10 +35,16 @@ MPS, CPU = torch.device("mps"), torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def settings():
-    """The compiler's settings for such a device, for no other test."""
-    with torch._inductor.config.patch(), torch._dynamo.config.patch():
-        machine.configure_compiler(MPS)
-        yield
+    """The compiler's settings for such a device, for no other test; and one thread, as the models are tiny."""
+    inductor, threads = torch._inductor.config, torch.get_num_threads()
+    before = inductor.get_config_copy()
+    machine.configure_compiler(MPS)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for name, value in inductor.get_config_copy().items():
+        if value != before[name]:
+            setattr(inductor, name, before[name])
     ops.mps.compiled.cache_clear()
 
 
