@@ -3,9 +3,10 @@
 `Stream` turns ids into text as they come, without broken characters or lost spaces. A tokenizer's `stop_ids` are the
 union of every place where a checkpoint names the tokens that end a text; its `template` makes a text of a chat.
 """
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -13,6 +14,17 @@ from config import read_json
 from errors import UserError
 
 REPLACEMENT = "\ufffd"  # what a decoder shows for an incomplete UTF-8 sequence
+
+
+@contextlib.contextmanager
+def sound(path: Path) -> Iterator[None]:
+    """The tokenizers library panics over files that it took and cannot work with; its panics are no Exceptions."""
+    try:
+        yield
+    except BaseException as e:
+        if type(e).__name__ != "PanicException":
+            raise
+        raise UserError(f"{path} is no sound tokenizer ({str(e).splitlines()[0]}); download it again") from None
 
 
 class JsonTokenizer:
@@ -23,17 +35,22 @@ class JsonTokenizer:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as Library  # here, so that a run without text does not import it
         try:
-            self.library = Library.from_file(str(path))
+            with sound(path):
+                self.library = Library.from_file(str(path))
+        except UserError:
+            raise
         except Exception as e:  # the library raises nothing narrower
             raise UserError(f"{path} is not a tokenizer ({str(e).splitlines()[0]}); download it again") from None
-        self.vocab_size = self.library.get_vocab_size()
+        self.path, self.vocab_size = path, self.library.get_vocab_size()
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
         """Special tokens in the text count as such; `begin`: with what the tokenizer sets before and behind a text."""
-        return self.library.encode(text, add_special_tokens=begin).ids
+        with sound(self.path):
+            return self.library.encode(text, add_special_tokens=begin).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.library.decode(list(ids), skip_special_tokens=True)
+        with sound(self.path):
+            return self.library.decode(list(ids), skip_special_tokens=True)
 
     def token_id(self, token: str) -> int | None:
         return self.library.token_to_id(token)

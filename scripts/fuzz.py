@@ -8,6 +8,7 @@ own, which may crash, hang or ask for too much memory; each of that is a finding
 """
 import argparse
 import contextlib
+import copy
 import io
 import json
 import os
@@ -51,13 +52,17 @@ Random = random.Random
 
 # -- breaking things --------------------------------------------------------------------------------------------------
 
+def odd(rng: Random) -> Any:
+    return copy.deepcopy(rng.choice(ODD))
+
+
 def break_json(document: Any, rng: Random) -> Any:
     """A copy with a few values, at any depth, changed, left out, or put elsewhere."""
     document = json.loads(json.dumps(document))
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         spots = list(places(document))
         if not spots:
-            return rng.choice(ODD)
+            return odd(rng)
         holder, key = rng.choice(spots)
         kind = rng.randrange(6)
         if kind == 0:
@@ -67,12 +72,12 @@ def break_json(document: Any, rng: Random) -> Any:
             with contextlib.suppress(LookupError):
                 holder[key] = json.loads(json.dumps(other[at]))
         elif kind == 2 and isinstance(holder, dict):
-            holder[rng.choice(("x", "", "rope_scaling", "quantization_config", "text_config"))] = rng.choice(ODD)
+            holder[rng.choice(("x", "", "rope_scaling", "quantization_config", "text_config"))] = odd(rng)
         elif kind == 3 and isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
             holder[key] = holder[key] * rng.choice((-1, 0, 2, 3, 0.5, 10 ** 6)) + rng.choice((-1, 0, 1))
         else:
-            holder[key] = rng.choice(ODD)
-    return rng.choice(ODD) if rng.random() < 0.01 else document
+            holder[key] = odd(rng)
+    return odd(rng) if rng.random() < 0.01 else document
 
 
 def places(document: Any) -> "list[tuple[Any, Any]]":

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from conftest import ROOT
+from conftest import DEMO
 from safetensors.torch import save_file
 
 from checkpoint import Checkpoint
@@ -12,7 +12,7 @@ from config import read_json
 from errors import UserError
 from families import config_from_dict
 from scripts import fuzz
-from tokenizer import ChatTemplate
+from tokenizer import ChatTemplate, load_tokenizer
 
 
 @pytest.mark.parametrize("target", fuzz.TARGETS)
@@ -61,6 +61,15 @@ def test_an_index_may_not_name_just_any_file(tmp_path, shard):
         Checkpoint(tmp_path)
 
 
+def test_a_tokenizer_over_which_its_library_panics_is_refused(tmp_path):
+    document = read_json(DEMO / "tokenizer.json")
+    document["post_processor"]["single"][0]["SpecialToken"]["id"] = "<no such token>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="no sound tokenizer"):
+        tokenizer.encode("x")
+
+
 @pytest.mark.parametrize("source", ["{% break %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "(" * 99])
 def test_a_template_that_python_cannot_run_is_refused_or_text(source):
     try:
@@ -74,7 +83,7 @@ def test_a_template_that_python_cannot_run_is_refused_or_text(source):
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "head_dim",
                                  "num_attention_heads", "num_key_value_heads", "max_position_embeddings"])
 def test_a_size_that_no_model_has_is_refused_before_anything_is_built(key):
-    document = read_json(ROOT / "checkpoints" / "demo" / "config.json")
+    document = read_json(DEMO / "config.json")
     with pytest.raises(UserError, match="at most"):
         config_from_dict(document | {key: 6 * 10 ** 18})
 
