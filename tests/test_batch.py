@@ -102,6 +102,16 @@ def test_a_free_row_stays_where_it_is(folder):
     assert not together.position.any()
 
 
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_text_may_fill_its_row_to_the_last_place(late, folder, monkeypatch):
+    """Its last step is known beforehand, so none is run past it, however late its tokens are read."""
+    monkeypatch.setattr(device, "read_ahead", lambda _: late)
+    model, _ = g.load_model(folder.write(), "cpu")
+    requests = [Request([i] * 200, 312) for i in (1, 2)]
+    alone = [list(g.generate(model, r.prompt, 312, GREEDY)) for r in requests]
+    assert texts(generate_batch(model, requests, 1, GREEDY)) == alone
+
+
 def test_a_long_prompt_does_not_keep_the_others_waiting(folder):
     model, _ = g.load_model(folder.write(), "cpu")
     together = Batch(model, 2, 512, GREEDY)
