@@ -1,6 +1,7 @@
 """Different prompts in one batch: each text is what its prompt gives alone, whatever shares the batch with it."""
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import tiny_models
@@ -14,8 +15,12 @@ import batch
 import decoding
 import device
 import generate as g
+import metrics
+import prompts
 from batch import Batch, Event, Request, generate_batch
 from errors import UserError
+from prompts import Prompt
+from tokenizer import load_tokenizer
 
 GREEDY = g.Sampling(temperature=0)
 LENGTHS, NEW = (3, 70, 1, 18, 131, 9), (12, 5, 20, 1, 9, 30)
@@ -131,6 +136,7 @@ def test_a_request_may_be_given_up_anywhere(folder):
         found[number].append(token)
         if number == 1 and len(found[1]) == 4:
             together.end(1), together.end(3), together.end(99)
+            assert [text.number for text in together.waiting] == [2]
         if number == 0 and len(found[0]) == 7:  # its prompt is being read
             assert together.entering.number == 2
             together.end(2)
@@ -171,6 +177,25 @@ def test_several_prompts_print_what_each_prints_alone_in_order(command):
                              "--batch_size", "2")
     assert code == 0 and out == "".join(f"==> {i} <==\n{text}" for i, text in enumerate(alone))
     assert "5 texts through 2 rows (" in err and "tok/s together" in err and "\r" not in err
+
+
+def test_texts_are_printed_in_the_order_of_their_prompts_as_soon_as_that_is_known():
+    written: list[str] = []
+    printed, sample = prompts.Printed(written.append), metrics.Sample([], [], "", "length", *[None] * 6)
+    for i, known in ((1, ""), (0, "01"), (4, "01"), (2, "012"), (5, "012")):
+        printed.add(Prompt("text"), replace(sample, index=i))
+        assert "".join(written) == "".join(f"==> {k} <==\ntext\n" for k in known)
+    printed.close()  # the fourth never ended
+    assert "".join(written[3:]) == "==> 4 <==\ntext\n==> 5 <==\ntext\n"
+
+
+def test_a_continuation_keeps_the_space_it_begins_with():
+    tokenizer = load_tokenizer(DEMO)
+    ids = tokenizer.encode("def f(a, b): return é + 'b' if a else b")
+    for i in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:i])
+        if not text.endswith("\ufffd"):
+            assert text + prompts.continuation(tokenizer, ids[:i], ids[i:]) == tokenizer.decode(ids)
 
 
 def test_a_file_of_prompts_becomes_a_file_of_texts(command, tmp_path):
