@@ -20,7 +20,7 @@ import prompts
 from batch import Batch, Event, Request, generate_batch
 from errors import UserError
 from prompts import Prompt
-from tokenizer import load_tokenizer
+from tokenizer import SentencePieceTokenizer
 
 GREEDY = g.Sampling(temperature=0)
 LENGTHS, NEW = (3, 70, 1, 18, 131, 9), (12, 5, 20, 1, 9, 30)
@@ -190,7 +190,7 @@ def test_texts_are_printed_in_the_order_of_their_prompts_as_soon_as_that_is_know
 
 
 def test_a_continuation_keeps_the_space_it_begins_with():
-    tokenizer = load_tokenizer(DEMO)
+    tokenizer = SentencePieceTokenizer(DEMO / "tokenizer.model")
     ids = tokenizer.encode("def f(a, b): return é + 'b' if a else b")
     for i in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:i])
