@@ -4,6 +4,7 @@
     python generate.py --compile --checkpoint_path ORG/NAME --prompt "Once upon a time"
     python generate.py --compile --quantize int4                      fewer bytes (or a folder by quantize.py)
     python generate.py --compile --draft lookup                       several tokens for one read of the weights
+    python generate.py --compile --prompts_file prompts.txt           many prompts, several at a time
     python generate.py --compile --random_weights Llama-3.2-1B --prompt 512
 
 Text goes to stdout, messages and numbers to stderr. As a library:
