@@ -22,7 +22,7 @@ import device as machine
 from decoding import PREFILL_CHUNK, Steps, blame, check, chunks, roomy
 from errors import UserError
 from model import Transformer
-from sampling import Sampling
+from sampling import Sampling, scored
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,18 @@ class Text:
 
 
 @contextlib.contextmanager
-def replaced(model: Transformer, caches: list[nn.Module]) -> Iterator[None]:
-    """Within it, the model's mixers have these caches."""
-    own = [mixer.cache for mixer in model.mixers]
+def replaced(model: Transformer, caches: list[nn.Module], text: Tensor | None) -> Iterator[None]:
+    """Within it, the model's mixers have these caches, and it this text."""
+    own, its = [mixer.cache for mixer in model.mixers], model.text
     try:
         for mixer, cache in zip(model.mixers, caches, strict=True):
             mixer.cache = cache
+        model.text = text
         yield
     finally:
         for mixer, cache in zip(model.mixers, own, strict=True):
             mixer.cache = cache
+        model.text = its
 
 
 class Batch:
@@ -82,10 +84,13 @@ class Batch:
         if model.cache_size[0] != rows or model.cache_length < length:
             length = roomy(model, length)
             machine.require_memory((rows + 1) * model.cache_bytes(length), model.device)
-            model.setup_caches(rows, length)
+        model.setup_caches(rows, length, int(sampling.remembers))
         self.model, self.steps, self.sizes = model, steps, model.cache_size
-        self.arguments = sampling.arguments(model.config.vocab_size, model.device)
+        self.sampling = sampling
+        self.arguments = sampling.arguments(model.config.vocab_size, model.device) | \
+            sampling.more_arguments([0] * rows, model.device)
         self.entrance = model.spare_caches()  # where prompts are read
+        self.entrance_text = None if model.text is None else torch.zeros_like(model.text[:1])
         self.waiting: deque[Text] = deque()
         self.entering: Text | None = None  # whose prompt is being read
         self.rows: list[Text | None] = [None] * rows
@@ -118,8 +123,12 @@ class Batch:
         """
         assert self.model.cache_size is self.sizes, (self.model.cache_size, self.sizes)  # taken from the batch
         told: deque[list[Text | None]] = deque()  # whose tokens are in each result
-        for tokens in machine.read_late(self._results(told), self.model.device):
-            for text, token in zip(told.popleft(), tokens, strict=True):
+        for flat in machine.read_late(self._results(told), self.model.device):
+            texts = told.popleft()
+            width = len(flat) // len(texts)  # above 1 with logprobs
+            tokens = flat if self.sampling.logprobs is None else \
+                [scored(flat[i:i + width]) for i in range(0, len(flat), width)]
+            for text, token in zip(texts, tokens, strict=True):
                 if text is None or text.ended:  # a free row, or tokens made before the end of a text was known
                     continue
                 if token < 0:
@@ -133,17 +142,18 @@ class Batch:
 
     @torch.no_grad()
     def _results(self, told: deque) -> Iterator[Tensor]:
-        """The device side: tokens [1, 1] behind a prompt and [rows, 1] of a step, in `told` whose they are."""
+        """The device side: tokens [1, 1] behind a prompt and [rows, 1] of a step, or what `score` makes of them; in
+        `told` whose they are."""
         while self.waiting or self.entering or any(self.rows):
             yield from self._enter(told)
             if not any(self.rows):
                 continue
-            token, position = self.steps.decode(self.model, self.token, self.position, self.arguments)
+            token, position, *scores = self.steps.decode(self.model, self.token, self.position, self.arguments)
             self.token, self.position = token.clone(), position * self.taken  # copies: a CUDA graph's are overwritten
             told.append(list(self.rows))
             for text in filter(None, told[-1]):
                 self._issued(text)
-            yield self.token
+            yield scores[0].clone() if scores else self.token
 
     def _enter(self, told: deque) -> Iterator[Tensor]:
         """Read prompts into free rows, but no more than a chunk's tokens or so: the others wait for it."""
@@ -152,19 +162,24 @@ class Batch:
             chunk = next(text.pieces)
             ids = torch.tensor([text.request.prompt[chunk]], device=self.model.device)
             positions = torch.arange(chunk.start, chunk.stop, device=self.model.device)[None]
-            with replaced(self.model, self.entrance):
-                token, position = self.steps.prefill(self.model, ids, positions, self.arguments)
+            own = self.sampling.more_arguments([len(text.request.prompt)], self.model.device)
+            with replaced(self.model, self.entrance, self.entrance_text):
+                token, position, *scores = self.steps.prefill(self.model, ids, positions, self.arguments | own)
             read += ids.shape[1]
             if chunk.stop < len(text.request.prompt):
                 continue
             self.entering, row = None, self.rows.index(None)
             for mixer, cache in zip(self.model.mixers, self.entrance, strict=True):
                 mixer.cache.adopt(row, cache, chunk.stop)
+            if self.model.text is not None:
+                self.model.text[row] = self.entrance_text[0]
+            if self.sampling.remembers:
+                self.arguments["starts"][row] = chunk.stop
             self.rows[row] = text
             self.token[row], self.position[row], self.taken[row] = token[0], position[0], 1
             told.append([text])
             self._issued(text)
-            yield token
+            yield scores[0] if scores else token
 
     def _next(self) -> Text | None:
         """The text whose prompt is to be read on, if there is one and a row for it."""

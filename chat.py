@@ -46,6 +46,8 @@ class Conversation:
         self.messages += [{"role": "user", "content": message}, {"role": "assistant", "content": reply.text}]
         tokens = reply.tokens[:-1] if reply.stop == "stop_id" else reply.tokens
         self.text, self.ids = text + reply.text, ids + tokens
+        if reply.stop == "stop_string":  # its tokens say more than its text: it is encoded anew
+            self.text, self.ids = text, ids
 
     def drop_oldest(self) -> None:
         """Forget the oldest turn and its reply (without a template, the first half of the text)."""

@@ -202,8 +202,9 @@ class Checkpoint:
                 raise UserError(f"{index} has no weight_map; download it again")
             by_file: dict[Path, list[str] | None] = {}
             for name, shard in table.items():
-                if not isinstance(shard, str) or shard in ("", ".", "..") or re.search(r"[/\\]", shard):
-                    raise UserError(f"{index} places {name} in {shard!r}; only files of the same folder are allowed")
+                if not isinstance(shard, str) or not re.fullmatch(r"(?!\.{0,2}$)[^/\\\0]{1,120}", shard):
+                    raise UserError(f"{index} places {name[:99]} in {str(shard)[:99]!r}; only files of the same folder "
+                                    f"are allowed")
                 if not (self.folder / shard).is_file():
                     raise UserError(f"{index} names {shard}, which is not in {self.folder}; download it again")
                 by_file.setdefault(self.folder / shard, []).append(name)

@@ -93,6 +93,10 @@ class Quantization:
         return self.mode if self.mode == "int8" else f"{self.mode} g{self.group}"
 
 
+MOST = {"num_hidden_layers": 1 << 12, "vocab_size": 1 << 24, "dim": 1 << 20, "ffn_dim": 1 << 20,
+        "max_seq_len": 1 << 31, "window": 1 << 31}  # of all other sizes 1 << 16
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """One decoder-only model; the defaults of the optional fields are Llama's.
@@ -119,14 +123,14 @@ class ModelConfig:
     quantization: Quantization | None = None
     dtype: str = "bfloat16"  # what the checkpoint says it is stored in: bfloat16 | float16 | float32
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # sizes that no model has are no sizes: they would end in an overflow somewhere
         sizes = [("num_hidden_layers", len(self.layer_types))]
         for part in (self, *self.mixers.values(), *([self.experts] if self.experts else [])):
-            sizes += [(name, size) for name, size in vars(part).items()
-                      if type(size) is int and name not in ("shared_dim", "mtp_layers")]
+            sizes += [(name, size) for name, size in vars(part).items() if type(size) is int]
         for name, size in sizes:
-            if size < 1:
-                raise UserError(f"config.json gives {name}={size}; it must be at least 1")
+            least, most = int(name not in ("shared_dim", "mtp_layers")), MOST.get(name, 1 << 16)
+            if not least <= size <= most:
+                raise UserError(f"config.json gives {name}={size}; it must be at least {least} and at most {most}")
         if unknown := set(self.layer_types) - self.mixers.keys():
             raise UserError(f"config.json gives layers of type {unknown.pop()!r}; this family has "
                             f"{', '.join(self.mixers)}")

@@ -18,9 +18,9 @@ import device as machine
 from aot import compiled
 from errors import UserError
 from model import Transformer
-from sampling import Sampling, distribution, draw, sample
+from sampling import Sampling, distribution, draw, penalize, sample, score, scored
 from speculative import Proposal, Speculation, accept, given_or, greedy, lookup
-from tp import candidates
+from tp import candidates, first_id
 
 PREFILL_CHUNK = 512  # tokens in one prefill call: bounds memory for activations and masks
 
@@ -29,9 +29,20 @@ PREFILL_CHUNK = 512  # tokens in one prefill call: bounds memory for activations
 
 def _step(model: Transformer, tokens: Tensor, positions: Tensor, options: dict) -> tuple[Tensor, ...]:
     x = model.hidden(tokens.clamp_min(0), positions)  # -1 ends a text, but only once it has been read
-    logits, ids = _candidates(model, model.logits(x[:, -1]), options)
-    token = sample(logits, options["temperature"], options["top_k"], options["top_p"], ids)
-    return (token, positions[:, -1:] + 1, x) if options.get("hidden") else (token, positions[:, -1:] + 1)
+    whole = model.logits(x[:, -1])
+    logits, ids = _candidates(model, _penalized(model, whole[:, None], positions[:, -1:], options)[:, 0], options)
+    token = sample(logits, options["temperature"], options["top_k"], options["top_p"], options["min_p"], ids)
+    more = (x,) if options.get("hidden") else ()
+    if "logprobs" in options:
+        more = (*more, score(candidates(model, whole, None)[0], token, options["logprobs"]))
+    return token, positions[:, -1:] + 1, *more
+
+
+def _penalized(model: Transformer, logits: Tensor, positions: Tensor, options: dict) -> Tensor:
+    """Logits [B, S, V] behind positions [B, S], with what the text up to there takes from them, if that is wanted."""
+    if "penalties" not in options:
+        return logits
+    return penalize(logits, model.text, positions, options["starts"], options["penalties"], first_id(model))
 
 
 def _candidates(model: Transformer, logits: Tensor, options: dict) -> tuple[Tensor, Tensor | None]:
@@ -41,7 +52,8 @@ def _candidates(model: Transformer, logits: Tensor, options: dict) -> tuple[Tens
 def prefill(model: Transformer, tokens: Tensor, positions: Tensor, options: dict) -> tuple[Tensor, ...]:
     """A chunk of a prompt, [B, S] at [B, S] -> (next token, its position), both [B, 1].
 
-    options: those of `sample`; with `hidden` there come hidden states too, [B, S, D].
+    options: those of `sample` and of `Sampling.more_arguments`; with `hidden` there come hidden states too, [B, S, D],
+    and with `logprobs` what `score` gives.
     """
     return _step(model, tokens, positions, options)
 
@@ -60,11 +72,12 @@ def verify(model: Transformer, token: Tensor, position: Tensor, options: dict) -
     """
     drafted, given = options["drafted"], options["given"]
     tokens = torch.cat([token, given_or(given[:, :-1], drafted)], 1).clamp_min(0)
-    x = model.hidden(tokens, position + torch.arange(tokens.shape[1], device=token.device))
-    logits, ids = _candidates(model, model.logits(x), options)
+    places = position + torch.arange(tokens.shape[1], device=token.device)
+    x = model.hidden(tokens, places)
+    logits, ids = _candidates(model, _penalized(model, model.logits(x), places, options), options)
     accepted, count = accept(
         logits, Proposal(drafted, options.get("probs"), options.get("ids")), given, options["temperature"],
-        options["top_k"], options["top_p"], options.get("synthetic"), ids, model.config.vocab_size)
+        options["top_k"], options["top_p"], options["min_p"], options.get("synthetic"), ids, model.config.vocab_size)
     return (torch.cat([count, accepted], 1), accepted.gather(1, count - 1),
             (position + count).minimum(options["limit"]), x)
 
@@ -97,7 +110,7 @@ def _guess(model: Transformer, logits: Tensor, options: dict) -> tuple[Tensor, .
         ids = ids.clamp_max(vocab_size - 1)
     if options["temperature"] is None:
         return (greedy(logits, ids)[:, None],)
-    probs, ids = distribution(logits, options["temperature"], options["top_k"], options["top_p"], ids)
+    probs, ids = distribution(logits, options["temperature"], options["top_k"], options["top_p"], options["min_p"], ids)
     token = draw(probs)
     return (token, probs) if ids is None else (ids.gather(1, token), probs, ids)
 
@@ -158,18 +171,20 @@ def generate_rows(model: Transformer, prompts: Sequence[Sequence[int]], max_new_
     Nothing is padded, so no state sees what is not text; prompts of like lengths waste least. With `speculation` rows
     advance by as many tokens as stood in each.
     """
-    prepare(model, prompts, max_new_tokens, speculation)
+    prepare(model, prompts, max_new_tokens, speculation, sampling)
     return _generate(model, prompts, max_new_tokens, sampling, stop_ids, seed, steps, cached, speculation)
 
 
 def prepare(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-            speculation: Speculation | None = None) -> None:
+            speculation: Speculation | None = None, sampling: Sampling = Sampling()) -> None:
     """Check that such texts are possible, and make room for them."""
     for prompt in prompts:
         check(model, prompt, max_new_tokens)
+    if speculation and sampling.logprobs is not None:
+        raise UserError("logprobs are not told while speculating; leave one of --logprobs and --draft out")
     length = max(map(len, prompts)) + max_new_tokens
     rows, have, _ = model.cache_size
-    spare, rewind = (speculation.spare, speculation.longest) if speculation else (0, 0)
+    spare, rewind = (speculation.spare, speculation.longest) if speculation else (0, int(sampling.remembers))
     if rows != len(prompts) or have < length + spare:
         length = max(have - spare, roomy(model, length))
         machine.require_memory(len(prompts) * model.cache_bytes(length), model.device)
@@ -208,6 +223,9 @@ def _generate(model, prompts, max_new_tokens, sampling, stop_ids, seed, steps, c
     make = _tokens if speculation is None else functools.partial(_rounds, speculation=speculation)
     results = make(model, prompts, max_new_tokens, sampling, seed, steps, cached)
     for number, flat in enumerate(machine.read_late(results, model.device)):
+        if sampling.logprobs is not None:
+            width = len(flat) // rows
+            flat = [scored(flat[i:i + width]) for i in range(0, len(flat), width)]
         columns = [flat] if len(flat) == rows else _columns(flat, rows)
         if speculation and number and (issued := speculation.issued.popleft()):  # the first is the prompt's own
             counts = [sum(column[i] is not None for column in columns) for i in range(rows)]
@@ -235,20 +253,26 @@ def _columns(flat: list[int], rows: int) -> list[list[int | None]]:
 
 def _tokens(model, prompts, max_new_tokens, sampling, seed, steps, cached) -> Iterator[Tensor]:
     """The device side, [B, 1] a step: every step is given its inputs before any result has been read."""
-    arguments = sampling.arguments(model.config.vocab_size, model.device)
-    token, position, ids = _read(model, prompts, arguments, seed, steps, cached)
-    yield token
+    arguments = _arguments(model, prompts, sampling)
+    token, position, ids, *scores = _read(model, prompts, arguments, seed, steps, cached)
+    yield scores[0] if scores else token
     shortest, longest = min(map(len, prompts)), ids.shape[1]
     for i in range(shortest, longest + max_new_tokens - 1):
         if i < longest:  # a longer prompt goes on as it is
             token = given_or(ids[:, i:i + 1], token)
-        token, position = (t.clone() for t in steps.decode(model, token, position, arguments))
-        yield token
+        token, position, *scores = (t.clone() for t in steps.decode(model, token, position, arguments))
+        yield scores[0] if scores else token
+
+
+def _arguments(model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling) -> dict:
+    return sampling.arguments(model.config.vocab_size, model.device) | \
+        sampling.more_arguments(list(map(len, prompts)), model.device)
 
 
 def _read(model, prompts, arguments, seed, steps, cached, hear: Callable | None = None) -> tuple[Tensor, ...]:
-    """Take in as much as the shortest prompt has: the next token and its position, [B, 1], and all ids, [B, longest]
-    with -1 where a prompt has ended. `hear`, if there is one, is told hidden states, positions and the tokens after."""
+    """Take in as much as the shortest prompt has: the next token and its position, [B, 1], all ids, [B, longest] with
+    -1 where a prompt has ended, and what else the step gives. `hear`, if there is one, is told hidden states, positions
+    and the tokens after."""
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     assert 0 <= cached < shortest, (cached, shortest)
     ids = torch.tensor([[*prompt, *[-1] * (longest - len(prompt))] for prompt in prompts], device=model.device)
@@ -259,18 +283,18 @@ def _read(model, prompts, arguments, seed, steps, cached, hear: Callable | None 
         # copies: a compiled step is specialised on the whole tensor that a view is cut from, and on its strides
         inputs = (t[:, chunk].clone(memory_format=torch.contiguous_format) for t in (ids, positions))
         if hear is None:
-            token, position = steps.prefill(model, *inputs, arguments)
+            token, position, *scores = steps.prefill(model, *inputs, arguments)
             continue
         token, position, hidden = steps.prefill(model, *inputs, arguments | {"hidden": True})
         after = torch.cat([ids[:, chunk.start + 1:chunk.stop], token], 1) if chunk.stop == shortest else \
             ids[:, chunk.start + 1:chunk.stop + 1]
         hear(hidden, positions[:, chunk], after)
-    return token, position, ids
+    return token, position, ids, *([] if hear else scores)
 
 
 def _rounds(model, prompts, max_new_tokens, sampling, seed, steps, cached, speculation) -> Iterator[Tensor]:
     """The same with a draft, without end; see `Speculation.rounds`."""
-    arguments = sampling.arguments(model.config.vocab_size, model.device)
+    arguments = _arguments(model, prompts, sampling)
     token, position, ids = _read(model, prompts, arguments, seed, steps, cached, speculation.read)
     shortest, longest = min(map(len, prompts)), ids.shape[1]
     speculation.begin(cached, position, shortest, longest + max_new_tokens - 1, arguments, steps)

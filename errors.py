@@ -9,9 +9,17 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+MOST = 600  # characters of a line: what came may be of any length, and what to do stands at the end
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: an option, a file, a folder, a device."""
+
+    @property
+    def line(self) -> str:
+        text = " ".join(str(self).split())
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # a terminal would obey some of them
+        return text if len(text) <= MOST else f"{text[:MOST * 2 // 3]} ... {text[-MOST // 3:]}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,7 +35,7 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
     except UserError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"error: {e.line}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -10,6 +10,7 @@ from typing import Any
 
 from config import (
     LAYER_TYPES,
+    MOST,
     AttentionConfig,
     DeltaNetConfig,
     ExpertsConfig,
@@ -26,6 +27,8 @@ from errors import UserError
 def read_layers(source: Source, pattern: Callable[[int], str] = lambda i: "full") -> tuple[str, ...]:
     """Each layer's type: as the file lists them, else by the family's pattern over the layer's number."""
     n = source.read("num_hidden_layers", int)
+    if n > (most := MOST["num_hidden_layers"]):
+        raise UserError(f"config.json gives num_hidden_layers={n}; it must be at most {most}")
     listed = source.read("layer_types", list, [])
     if not listed:
         return tuple(pattern(i) for i in range(n))

@@ -45,7 +45,7 @@ from prompts import Prompt
 from quantize import quantize_
 from sampling import Sampling
 from speculative import Speculation
-from tokenizer import Stream, Tokenizer, load_tokenizer
+from tokenizer import Stops, Stream, Tokenizer, load_tokenizer
 
 DEMO = Path(__file__).parent / "checkpoints" / "demo"
 DEMO_PROMPT = "import argparse\nimport json\n\n\ndef main():\n    "
@@ -144,11 +144,11 @@ def load_speculation(draft: str, model: Transformer, tokenizer: Tokenizer | None
 # -- one text --------------------------------------------------------------------------------------------------------
 
 def run_sample(model: Transformer, tokenizer: Tokenizer | None, prompt: list[int], write: Callable[[str], None],
-               echo: bool = True, **options) -> Sample:
-    """Generate once, streaming the prompt (if `echo`) and its continuation to `write`; Ctrl-C ends it and keeps the
-    numbers. `options` are those of `generate`."""
+               echo: bool = True, stop_strings: Sequence[str] = (), **options) -> Sample:
+    """Generate once, streaming the prompt (if `echo`) and its continuation, up to any of `stop_strings`, to `write`;
+    Ctrl-C ends it and keeps the numbers. `options` are those of `generate`."""
     stream, stops = (Stream(tokenizer, prompt), tokenizer.stop_ids) if tokenizer else (None, frozenset())
-    tokens, times, pieces, stop, waited = [], [], [], "length", 0.0
+    tokens, times, pieces, stop, waited, until = [], [], [], "length", 0.0, Stops(stop_strings)
     machine.synchronize(model.device)
     start = time.perf_counter()
     try:
@@ -160,16 +160,20 @@ def run_sample(model: Transformer, tokenizer: Tokenizer | None, prompt: list[int
             tokens.append(token)
             if token in stops:
                 stop = "stop_id"
-            pieces.append(stream.push(token) if stream else f"{token} ")
+            pieces.append(until.push(stream.push(token) if stream else f"{token} "))
             write(pieces[-1])
+            if until.met:
+                break
     except KeyboardInterrupt:
         if world.size > 1:  # ranks were stopped at different tokens, and cannot go on together
             raise
         stop = "interrupt"
-    if stream:
-        pieces.append(stream.flush())
-        write(pieces[-1])
+    pieces.append(until.push(stream.flush() if stream else "") + until.flush())
+    write(pieces[-1])
+    stop = "stop_string" if until.met else stop
     sample = measure(model, prompt, tokens, "".join(pieces), stop, start, times, options.get("cached", 0))
+    if options.get("sampling", Sampling()).logprobs is not None:
+        sample.logprobs = [{"logprob": token.logprob, "top": token.top} for token in tokens]
     if world.seconds > waited and len(times) > 1:
         sample.sums_pct = 100 * (world.seconds - waited) / (times[-1] - times[0])
     if options.get("speculation"):
@@ -199,6 +203,12 @@ def parser() -> Parser:
     p.add_argument("--top_k", type=int, default=Sampling.top_k,
                    help="default %(default)s; the vocabulary size keeps all")
     p.add_argument("--top_p", type=float, default=Sampling.top_p, help="nucleus sampling (default: off)")
+    p.add_argument("--min_p", type=float, metavar="P", help="only tokens P times as likely as the likeliest, or more")
+    p.add_argument("--repetition_penalty", type=float, default=1.0, metavar="X", help="1: none (the default)")
+    p.add_argument("--presence_penalty", type=float, default=0.0, metavar="X", help="0: none (the default)")
+    p.add_argument("--frequency_penalty", type=float, default=0.0, metavar="X", help="0: none (the default)")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
+    p.add_argument("--logprobs", type=int, metavar="N", help="with --json: of each token and the N likeliest")
     p.add_argument("--seed", type=int, default=0, help="sample i uses seed + i (default %(default)s)")
     p.add_argument("--compile", action="store_true", help="compile the decode step")
     p.add_argument("--compile_prefill", action="store_true", help="compile prefill too (implies --compile)")
@@ -234,14 +244,6 @@ def load(args) -> tuple[Transformer, Tokenizer | None]:
             raise UserError(f"--random_weights and --{name} were both given; give one of them")
     model = load_random(args.random_weights, args.device, args.dtype, args.seed, args.quantize, args.draft == "mtp")
     return model, None
-
-
-def encode(args, model: Transformer, tokenizer: Tokenizer | None, asked: Sequence[Prompt]) -> list[list[int]]:
-    """The ids of prompts; without a tokenizer as many random ones as each says."""
-    if tokenizer:
-        return [tokenizer.encode(prompt.text) for prompt in asked]
-    generator, size = torch.Generator().manual_seed(args.seed), model.config.vocab_size
-    return [torch.randint(size, (int(prompt.text),), generator=generator).tolist() for prompt in asked]
 
 
 def speculate(args, model: Transformer, tokenizer: Tokenizer | None) -> Speculation | None:
@@ -310,7 +312,7 @@ def talk(args, model: Transformer, tokenizer: Tokenizer, sampling: Sampling) -> 
     def reply(turn: int, prompt: list[int], max_new_tokens: int, cached: int) -> Sample:
         sample = run_sample(model, tokenizer, prompt, write_text, echo=False, max_new_tokens=max_new_tokens,
                             sampling=sampling, steps=steps, seed=args.seed + turn, cached=cached,
-                            speculation=speculation)
+                            speculation=speculation, stop_strings=args.stop)
         write_text("\n")
         print(describe(sample), file=sys.stderr)
         return sample
@@ -328,7 +330,11 @@ def main(argv: list[str]) -> int:
 
 
 def run(args) -> int:
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    sampling = Sampling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)})
+    if args.logprobs is not None and not args.json:
+        raise UserError("--logprobs are part of the numbers that --json gives; give both")
+    if args.stop and (args.random_weights or "" in args.stop):
+        raise UserError("--stop is some text, and random weights write none; give it with a checkpoint, and not empty")
     if args.num_samples < 1:
         raise UserError(f"--num_samples is {args.num_samples}; it must be at least 1")
     for name in ("prompt", "prompts_file", "batch_size", "output", "random_weights", "num_samples", "profile",
@@ -337,28 +343,26 @@ def run(args) -> int:
             raise UserError(f"--{name} does not go with --interactive; leave one of them out")
     if args.profile and (Path(args.profile).is_dir() or not Path(args.profile).absolute().parent.is_dir()):
         raise UserError(f"--profile {args.profile}: no such folder, or it is one; a file is expected")
-    asked = prompts.collect(args, DEMO_PROMPT if args.random_weights is None else "5")
-    if args.random_weights and not all(prompt.text.isdecimal() for prompt in asked):
-        wrong = next(prompt for prompt in asked if not prompt.text.isdecimal())
-        raise UserError(f"{wrong.where} is {wrong.text!r}; with --random_weights it is a number of synthetic tokens")
+    asked = prompts.collect(args, DEMO_PROMPT)
     sys.stdout.reconfigure(errors="replace")
     torch.set_num_threads(machine.choose_threads(args.threads))
     start = time.perf_counter()
     model, tokenizer = load(args)
     if args.interactive:
         return talk(args, model, tokenizer, sampling)
-    ids = encode(args, model, tokenizer, asked)
+    ids = prompts.encode(args, model, tokenizer, asked)
     if prompts.several(args):
         return run_batch(args, model, tokenizer, sampling, asked, ids, time.perf_counter() - start)
     speculation, prompt = speculate(args, model, tokenizer), ids[0]
     load_s = time.perf_counter() - start
-    prepare(model, [prompt], args.max_new_tokens, speculation)  # compiled steps depend on the caches' size
+    prepare(model, [prompt], args.max_new_tokens, speculation, sampling)  # compiled steps depend on the caches' size
     steps, compile_s = compile_steps(
         args, model, lambda steps, size: warm_up(model, steps, sampling, size, speculation), [len(prompt)])
     options = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, steps=steps, speculation=speculation)
     samples = []
     for i in range(args.num_samples):
-        samples.append(run_sample(model, tokenizer, prompt, write_text, seed=args.seed + i, **options))
+        samples.append(run_sample(model, tokenizer, prompt, write_text, seed=args.seed + i, stop_strings=args.stop,
+                                  **options))
         write_text("\n")
         if samples[-1].stop == "interrupt":
             break
@@ -379,7 +383,7 @@ def run_batch(args, model: Transformer, tokenizer: Tokenizer | None, sampling: S
     warm = functools.partial(prompts.warm_up, model, rows, length, sampling)
     steps, compile_s = compile_steps(args, model, warm, list(map(len, ids)))
     batch = Batch(model, rows, length, sampling, steps, args.seed)
-    samples, whole = prompts.run(batch, tokenizer, asked, wanted, args.output, write_text)
+    samples, whole = prompts.run(batch, tokenizer, asked, wanted, args.output, write_text, args.stop)
     if world.rank == 0:
         report(name_of(args), model, samples, load_s, compile_s, args.json, whole)
     return 130 if whole["interrupted"] else 0

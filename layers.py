@@ -27,12 +27,13 @@ class Matrix(nn.Module):
         self.bias = nn.Parameter(torch.empty(shape[:-1])) if bias else None
 
     def quantize(self, group: int) -> None:
-        """Make room for a quantized weight, int4 in groups of so many columns or, for 0, int8; on the meta device."""
-        self.group, (*rows, inputs) = group, self.shape
-        shape, dtype = ((*rows, inputs // 2), torch.uint8) if group else (self.shape, torch.int8)
-        scales = torch.empty(*rows, inputs // group, dtype=torch.float16) if group else torch.empty(rows)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-        self.scale = nn.Parameter(scales, requires_grad=False)
+        """Make room for a quantized weight, int4 in groups of so many columns or, for 0, int8, where the weight is:
+        on the meta device, until it is loaded."""
+        self.group, (*rows, inputs), where = group, self.shape, self.weight.device
+        weight = ((*rows, inputs // 2), torch.uint8) if group else (self.shape, torch.int8)
+        scale = ((*rows, inputs // group), torch.float16) if group else (rows, torch.float32)
+        self.weight, self.scale = (nn.Parameter(torch.empty(shape, dtype=dtype, device=where), requires_grad=False)
+                                   for shape, dtype in (weight, scale))
 
     def round(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [..., inputs] of the weight as rows of a quantized one and of its scale."""

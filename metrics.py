@@ -19,7 +19,7 @@ class Sample:
     prompt_tokens: list[int]
     tokens: list[int]
     text: str
-    stop: str  # stop_id | length | interrupt
+    stop: str  # stop_id | stop_string | length | interrupt
     ttft_s: float | None
     prefill_tok_s: float | None
     decode_tok_s: float | None
@@ -28,6 +28,7 @@ class Sample:
     gb_s: float | None
     bandwidth_pct: float | None = None  # of the measured read bandwidth; filled in when that is known
     speculation: dict | None = None
+    logprobs: list[dict] | None = None  # of each token: its own, and the likeliest ids with theirs
     sums_pct: float | None = None  # of decoding, spent in sums over ranks and waiting for them; where it is known
     index: int | None = None  # among several texts of one batch
 

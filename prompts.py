@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import device as machine
@@ -26,7 +27,7 @@ from errors import UserError
 from metrics import Sample, measure
 from model import Transformer
 from sampling import Sampling
-from tokenizer import Stream, Tokenizer
+from tokenizer import Stops, Stream, Tokenizer
 
 ROWS = 8  # of a batch, unless more or fewer are asked for
 KEYS = {"prompt": str, "id": str | int, "max_new_tokens": int}
@@ -49,7 +50,8 @@ def several(args: Namespace) -> bool:
 
 
 def collect(args: Namespace, default: str) -> list[Prompt]:
-    """The prompts of a command line. UserError for options that cannot be, before anything is loaded."""
+    """The prompts of a command line, `default` if there is none; with random weights numbers of tokens. UserError for
+    options that cannot be, before anything is loaded."""
     if several(args):
         for name in ("draft", "profile"):
             if getattr(args, name):
@@ -62,10 +64,15 @@ def collect(args: Namespace, default: str) -> list[Prompt]:
     if args.prompt is not None and args.prompts_file is not None:
         raise UserError("--prompt and --prompts_file were both given; give one of them")
     if args.prompts_file is not None:
-        return read_prompts(args.prompts_file)
-    found = [Prompt(text) for text in args.prompt or [default]]
-    if not all(prompt.text for prompt in found):
-        raise UserError("the prompt is empty; give some text with --prompt")
+        found = read_prompts(args.prompts_file)
+    else:
+        found = [Prompt(text) for text in args.prompt or ["5" if args.random_weights else default]]
+    for prompt in found:
+        if not prompt.text:
+            raise UserError("the prompt is empty; give some text with --prompt")
+        if args.random_weights and not prompt.text.isdecimal():
+            raise UserError(f"{prompt.where} is {prompt.text!r}; with --random_weights it is a number of synthetic "
+                            f"tokens")
     return found
 
 
@@ -104,6 +111,15 @@ def parse(where: str, line: str) -> Prompt:
     if not document["prompt"]:
         raise UserError(f"{where}: the prompt is empty")
     return Prompt(document["prompt"], where, document.get("id"), document.get("max_new_tokens"))
+
+
+def encode(args: Namespace, model: Transformer, tokenizer: Tokenizer | None,
+           asked: Sequence[Prompt]) -> list[list[int]]:
+    """The ids of prompts; without a tokenizer as many random ones as each says."""
+    if tokenizer:
+        return [tokenizer.encode(prompt.text) for prompt in asked]
+    generator, size = torch.Generator().manual_seed(args.seed), model.config.vocab_size
+    return [torch.randint(size, (int(prompt.text),), generator=generator).tolist() for prompt in asked]
 
 
 def requests(args: Namespace, model: Transformer, tokenizer: Tokenizer | None, asked: Sequence[Prompt],
@@ -155,6 +171,7 @@ class Lines:
         named = {} if prompt.id is None else {"id": prompt.id}
         document = {"index": sample.index, **named, "prompt": prompt.text, "text": sample.text,
                     "tokens": sample.tokens, "stop": sample.stop}
+        document |= {} if sample.logprobs is None else {"logprobs": sample.logprobs}
         line = (json.dumps(document) + "\n").encode()
         start = self.file.tell()
         try:
@@ -184,13 +201,15 @@ def warm_up(model: Transformer, rows: int, length: int, sampling: Sampling, step
 
 
 def run(batch: Batch, tokenizer: Tokenizer | None, asked: Sequence[Prompt], wanted: Sequence[Request],
-        output: str | None, write: Callable[[str], None]) -> tuple[list[Sample], dict]:
-    """Continue all prompts; the samples that ended, in order, and numbers of the whole. Ctrl-C keeps what has ended.
+        output: str | None, write: Callable[[str], None],
+        stop_strings: Sequence[str] = ()) -> tuple[list[Sample], dict]:
+    """Continue all prompts, up to any of `stop_strings`; the samples that ended, in order, and numbers of the whole.
+    Ctrl-C keeps what has ended.
 
     Texts go to `output` if that is a file, and else to `write`. Times to the first token hold the wait for a row.
     """
     numbers = {batch.add(request): i for i, request in enumerate(wanted)}
-    tokens, times = [[] for _ in wanted], [[] for _ in wanted]
+    texts = [Growing(tokenizer, request.prompt, stop_strings) for request in wanted]
     sink = Lines(output) if output is not None and world.rank == 0 else Printed(write)
     hidden = not sys.stderr.isatty() or (output is None and sys.stdout.isatty())  # a bar between the texts helps nobody
     samples, interrupted = [], False
@@ -200,11 +219,10 @@ def run(batch: Batch, tokenizer: Tokenizer | None, asked: Sequence[Prompt], want
         with tqdm(total=len(wanted), unit="text", disable=hidden) as bar:
             for number, token, stop in batch.events():
                 i = numbers[number]
-                tokens[i].append(token)
-                times[i].append(time.perf_counter())
-                if stop:
-                    text = continuation(tokenizer, wanted[i].prompt, tokens[i])
-                    sample = one_of_several(batch, i, wanted[i], tokens[i], text, stop, start, times[i])
+                if met := texts[i].push(token):
+                    batch.end(number)
+                if met or stop:
+                    sample = one_of_several(batch, i, texts[i], stop, start)
                     sink.add(asked[i], sample)
                     samples.append(sample)
                     bar.update()
@@ -214,27 +232,45 @@ def run(batch: Batch, tokenizer: Tokenizer | None, asked: Sequence[Prompt], want
         interrupted = True
     finally:
         sink.close()
-    seconds, new = time.perf_counter() - start, sum(map(len, tokens))
+    seconds, new = time.perf_counter() - start, sum(len(text.tokens) for text in texts)
     return sorted(samples, key=lambda sample: sample.index), {
         "texts": len(wanted), "ended": len(samples), "interrupted": interrupted, "rows": len(batch.rows),
         "seconds": seconds, "new_tokens": new, "tok_s": new / seconds}
 
 
-def continuation(tokenizer: Tokenizer | None, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text of tokens behind a prompt; without a tokenizer, their ids."""
-    if tokenizer is None:
-        return "".join(f"{token} " for token in tokens)
-    stream = Stream(tokenizer, prompt)
-    stream.ids.extend(tokens)
-    return stream.flush()
+class Growing:
+    """A text that is being generated. It is read as it grows only if some strings may end it."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
+        self.prompt, self.tokens, self.times, self.text = list(prompt), [], [], ""
+        self.stream, self.until = Stream(tokenizer, prompt) if tokenizer else None, Stops(stop_strings)
+
+    def push(self, token: int) -> bool:
+        """Whether the text ends here, at one of the strings."""
+        self.tokens.append(token)
+        self.times.append(time.perf_counter())
+        if self.until.strings and self.stream:
+            self.text += self.until.push(self.stream.push(token))
+        elif self.stream:
+            self.stream.ids.append(token)
+        return self.until.met
+
+    def close(self) -> str:
+        """The whole text; without a tokenizer, the ids."""
+        if self.stream is None:
+            return "".join(f"{token} " for token in self.tokens)
+        self.text += self.until.push(self.stream.flush()) + self.until.flush()
+        return self.text
 
 
-def one_of_several(batch: Batch, index: int, request: Request, tokens: list[int], text: str, stop: str, start: float,
-                   times: list[float]) -> Sample:
+def one_of_several(batch: Batch, index: int, text: Growing, stop: str | None, start: float) -> Sample:
     """The numbers of a text that shared its steps: rates are its own, and a token has its share of the weights' bytes,
     as if all rows were taken. No rate of reading: prompts wait for rows, and rows for each other's prompts."""
-    model, rows = batch.model, len(batch.rows)
-    sample = measure(model, list(request.prompt), tokens, text, stop, start, times)
+    model, rows, whole = batch.model, len(batch.rows), text.close()
+    sample = measure(model, text.prompt, text.tokens, whole, "stop_string" if text.until.met else stop, start,
+                     text.times)
     sample.bytes_per_token += round(model.weight_bytes_per_token(rows) / rows) - model.weight_bytes_per_token()
     sample.index, sample.prefill_tok_s, sample.gb_s = index, None, None
+    if batch.sampling.logprobs is not None:
+        sample.logprobs = [{"logprob": token.logprob, "top": token.top} for token in text.tokens]
     return sample

@@ -1,7 +1,8 @@
 """From logits to the next token, on the device and without waiting for it.
 
-Glossary: B batch, V vocabulary, N candidates left after top-k (V without it).
+Glossary: B batch, S tokens of a row, V vocabulary, N candidates left after top-k (V without it), L positions.
 """
+import struct
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,18 @@ from errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose a token. Temperature 0 is argmax, exactly. top_k and top_p None: no limit."""
+    """How to choose a token. Temperature 0 is argmax, exactly. top_k, top_p and min_p None: no limit.
+
+    `logprobs`: tokens come as `Scored`, with so many alternatives.
+    """
     temperature: float = 0.8
     top_k: int | None = 200
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -24,17 +33,42 @@ class Sampling:
             raise UserError(f"top_k is {self.top_k}; allowed: 1 or more (the vocabulary size keeps every token)")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; allowed: more than 0 and at most 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p is {self.min_p}; allowed: 0 to 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}; allowed: any positive number (1: none)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -100 <= getattr(self, name) <= 100:
+                raise UserError(f"{name} is {getattr(self, name)}; allowed: -100 to 100 (0: none)")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise UserError(f"logprobs is {self.logprobs}; allowed: 0 (the token's own) to {MOST_LOGPROBS} others")
+
+    @property
+    def remembers(self) -> bool:
+        """Whether what a text holds so far decides how it goes on: see `penalize`."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     def arguments(self, vocab_size: int, device: torch.device) -> dict:
         """The keyword arguments of `sample`. Numbers that users change freely travel as tensors: no recompile."""
         if self.temperature == 0:
-            return dict(temperature=None, top_k=None, top_p=None)
+            return dict(temperature=None, top_k=None, top_p=None, min_p=None)
         on_device = lambda x: torch.tensor(x, dtype=torch.float32, device=device)  # noqa: E731
         return dict(temperature=on_device(self.temperature),
                     top_k=None if self.top_k is None or self.top_k >= vocab_size else self.top_k,
-                    top_p=None if self.top_p is None or self.top_p == 1 else on_device(self.top_p))
+                    top_p=None if self.top_p is None or self.top_p == 1 else on_device(self.top_p),
+                    min_p=on_device(self.min_p) if self.min_p else None)
+
+    def more_arguments(self, starts: list[int], device: torch.device) -> dict:
+        """What a step is told beyond `arguments`, if anything is asked for; `starts`: tokens of each row's prompt."""
+        found = {}
+        if self.remembers:
+            numbers = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+            found = {"penalties": torch.tensor(numbers, dtype=torch.float32, device=device),
+                     "starts": torch.tensor(starts, device=device)[:, None]}
+        return found if self.logprobs is None else found | {"logprobs": self.logprobs}
 
 
+MOST_LOGPROBS = 100
 GROUP = 32  # logits in a group: of 8, 16, 32, 64 and 128 the fastest for k = 200 and 32,000 to 262,144 logits on a CPU
 
 
@@ -56,11 +90,12 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def distribution(logits: Tensor, temperature: Tensor, top_k: int | None, top_p: Tensor | None,
-                 ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+                 min_p: Tensor | None = None, ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Logits [B, V] to float32 probabilities [B, N] and their token ids [B, N] (None: index is id).
 
     top_k keeps exactly k tokens, ties included; top_p then keeps the smallest set of likeliest tokens whose mass
-    reaches p (Holtzman et al. 2020, arXiv 1904.09751), counted after top_k. With `ids` [B, n] there are only their
+    reaches p (Holtzman et al. 2020, arXiv 1904.09751), counted after top_k, and min_p those that are at least so many
+    times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082). With `ids` [B, n] there are only their
     logits, [B, n], which is enough if the k largest are among them.
     """
     if top_k is not None:
@@ -73,6 +108,9 @@ def distribution(logits: Tensor, temperature: Tensor, top_k: int | None, top_p: 
     if top_p is not None:
         before = probs.cumsum(-1) - probs  # mass of the likelier ones; 0 for the first, which always stays
         probs = torch.where(before < top_p, probs, 0.0)
+    if min_p is not None:
+        probs = torch.where(probs < min_p * probs.amax(-1, keepdim=True), 0.0, probs)
+    if top_p is not None or min_p is not None:
         probs = probs / probs.sum(-1, keepdim=True)
     return probs, ids
 
@@ -87,7 +125,7 @@ def draw(weights: Tensor) -> Tensor:
 
 
 def sample(logits: Tensor, temperature: Tensor | None, top_k: int | None = None, top_p: Tensor | None = None,
-           ids: Tensor | None = None) -> Tensor:
+           min_p: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
     """Logits [B, V] to one token id a row, [B, 1]; -1 in a row whose logits are not all finite.
 
     temperature None is argmax. Otherwise a draw from the distribution, with the device's default generator. `ids` as
@@ -96,7 +134,53 @@ def sample(logits: Tensor, temperature: Tensor | None, top_k: int | None = None,
     if temperature is None:
         token = logits.argmax(-1, keepdim=True)
     else:
-        probs, ids = distribution(logits, temperature, top_k, top_p, ids)
+        probs, ids = distribution(logits, temperature, top_k, top_p, min_p, ids)
         token = draw(probs)
     token = token if ids is None else ids.gather(-1, token)
     return torch.where(logits.isfinite().all(-1, keepdim=True), token, -1)
+
+
+# -- what the text so far has to say ----------------------------------------------------------------------------------
+
+def penalize(logits: Tensor, text: Tensor, positions: Tensor, starts: Tensor, penalties: Tensor, first: int) -> Tensor:
+    """Logits [B, S, V] of ids from `first` on, less likely by what rows text [B, L] hold up to positions [B, S].
+
+    penalties [3]: `repetition` divides what is above 0 and multiplies what is below for all tokens that are there, the
+    prompt's too (Keskar et al. 2019, arXiv 1909.05858); `presence` is taken from each that was generated, from position
+    starts [B, 1] on, and `frequency` as often as it was (OpenAI's API reference).
+    """
+    slots, ids = torch.arange(text.shape[1], device=text.device), text - first
+    known = (slots <= positions[..., None]) & ((ids >= 0) & (ids < logits.shape[-1]))[:, None]  # [B, S, L]
+    at = ids.clamp(0, logits.shape[-1] - 1)[:, None].expand_as(known)
+    nothing, (repetition, presence, frequency) = torch.zeros_like(logits, dtype=torch.float32), penalties.unbind()
+    there = nothing.scatter_add(2, at, known.float()) > 0
+    count = nothing.scatter_add(2, at, (known & (slots >= starts[..., None])).float())
+    x = logits.float()
+    x = torch.where(there, torch.where(x > 0, x / repetition, x * repetition), x)
+    return x - presence * (count > 0) - frequency * count
+
+
+# -- how likely a token was -------------------------------------------------------------------------------------------
+
+class Scored(int):
+    """A token id, and how likely the model thought it, whatever was asked of the choice: natural logarithms."""
+    logprob: float
+    top: list[tuple[int, float]]  # the likeliest ids with theirs, in order
+
+
+def score(logits: Tensor, token: Tensor, alternatives: int) -> Tensor:
+    """For logits [B, V] and the tokens [B, 1] that were chosen: [B, 2 + 2 n] int64, the token, the likeliest n ids, and
+    the bits of all their logarithms."""
+    logprobs = logits.float().log_softmax(-1)
+    values, ids = logprobs.topk(alternatives)
+    own = logprobs.gather(1, token.clamp_min(0))
+    return torch.cat([token, ids, torch.cat([own, values], 1).view(torch.int32).long()], 1)
+
+
+def scored(row: list[int]) -> Scored:
+    """A row of `score`, read back."""
+    n = len(row) // 2
+    token = Scored(row[0])
+    token.logprob, *rest = struct.unpack(f"{n}f", struct.pack(f"{n}i", *row[n:]))
+    token.top = list(zip(row[1:n], rest, strict=True))
+    return token

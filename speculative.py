@@ -31,8 +31,8 @@ class Proposal(NamedTuple):
 
 
 def accept(logits: Tensor, proposal: Proposal, given: Tensor, temperature: Tensor | None, top_k: int | None = None,
-           top_p: Tensor | None = None, synthetic: Tensor | None = None, ids: Tensor | None = None,
-           vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
+           top_p: Tensor | None = None, min_p: Tensor | None = None, synthetic: Tensor | None = None,
+           ids: Tensor | None = None, vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
     """How much of a proposal stands: tokens [B, k + 1], -1 after the last that counts, and how many count, [B, 1].
 
     logits [B, k + 1, V]: the model's, before each drafted token and after the last. At least one token counts: the last
@@ -53,7 +53,7 @@ def accept(logits: Tensor, proposal: Proposal, given: Tensor, temperature: Tenso
         count = 1 + stands.cumprod(1).sum(1, keepdim=True)
         last = own.gather(1, count - 1)
     else:
-        p, ids = distribution(logits.flatten(0, 1), temperature, top_k, top_p,
+        p, ids = distribution(logits.flatten(0, 1), temperature, top_k, top_p, min_p,
                               None if ids is None else ids.flatten(0, 1))
         p, ids = p.unflatten(0, (-1, k + 1)), None if ids is None else ids.unflatten(0, (-1, k + 1))
         drawn = proposal.probs is not None
@@ -208,7 +208,7 @@ class Speculation:
         self.issued.clear()
         self.nothing = torch.full((len(position), self.longest + 1), -1, device=position.device)
         self.rate = None if self.synthetic is None else torch.tensor(self.synthetic, device=position.device)
-        self.draft.begin(cached, position, start, options, steps)
+        self.draft.begin(cached, position, start, drawing(options), steps)
 
     @property
     def read(self) -> Callable | None:
@@ -252,7 +252,7 @@ class Speculation:
               steps) -> tuple[Tensor, Tensor, Tensor]:
         """Draft and check: [B, 1 + k + 1], how many tokens are new and the tokens; the last and its position."""
         given, at = None if ids is None else upcoming(ids, position, k + 1), position
-        proposal = self.draft.propose(k, token, position, given, options, steps)
+        proposal = self.draft.propose(k, token, position, given, drawing(options), steps)
         drafted = machine.mark(token.device)
         more = {"drafted": proposal.tokens, "probs": proposal.probs, "ids": proposal.ids, "limit": self.last,
                 "given": self.nothing[:, :k + 1].clone() if given is None else given, "synthetic": self.rate}
@@ -298,6 +298,11 @@ class Speculation:
         elif counts:
             self.pace.record_plain(draft_s, model_s)
             self.statistics.record_plain(model_s)
+
+
+def drawing(options: dict) -> dict:
+    """Those that a draft heeds too: penalties are the model's own matter, and cost a draft's agreement at most."""
+    return {name: value for name, value in options.items() if name not in ("penalties", "starts")}
 
 
 def upcoming(ids: Tensor, position: Tensor, n: int) -> Tensor:

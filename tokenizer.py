@@ -153,7 +153,7 @@ class ChatTemplate:
         self.tokens = tokens
         try:
             self.program = environment.from_string(source)
-        except TemplateSyntaxError as e:
+        except (TemplateSyntaxError, SyntaxError, RecursionError) as e:  # jinja2 makes Python of it, and compiles that
             raise UserError(f"the checkpoint's chat template is not valid ({e}); download it again") from None
 
     @staticmethod
@@ -166,7 +166,8 @@ class ChatTemplate:
         try:
             return self.program.render(messages=messages, tools=None, documents=None, add_generation_prompt=True,
                                        **self.tokens)
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as e:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError,
+                RecursionError) as e:
             if isinstance(e, UserError):
                 raise
             raise UserError(f"the checkpoint's chat template fails ({e}); download it again") from None
@@ -215,3 +216,26 @@ class Stream:
         if len(text) > len(before):
             self.context, self.read = self.read, len(self.ids)
         return text[len(before):]
+
+
+class Stops:
+    """Text up to the first of some strings; what may be the beginning of one of them waits for more."""
+
+    def __init__(self, strings: Sequence[str] = ()) -> None:
+        self.strings, self.held, self.met = [string for string in strings if string], "", False
+
+    def push(self, piece: str) -> str:
+        """What of the text so far, and not given yet, belongs to it for certain. `met`: nothing more will."""
+        text = self.held + piece
+        if self.met or (places := [at for string in self.strings if (at := text.find(string)) >= 0]):
+            text, self.held, self.met = "" if self.met else text[:min(places)], "", True
+            return text
+        most = max(map(len, self.strings), default=1) - 1
+        start = next((i for i in range(max(len(text) - most, 0), len(text))
+                      if any(string.startswith(text[i:]) for string in self.strings)), len(text))
+        self.held = text[start:]
+        return text[:start]
+
+    def flush(self) -> str:
+        text, self.held = self.held, ""
+        return text

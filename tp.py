@@ -189,6 +189,11 @@ def whole_config(model: Transformer) -> ModelConfig:
     return model.cut.config if isinstance(model, CutTransformer) else model.config
 
 
+def first_id(model: Transformer) -> int:
+    """The id that the first of the logits which `model.logits` gives on this rank belongs to."""
+    return model.cut.rank * model.output.shape[0] if isinstance(model, CutTransformer) else 0
+
+
 def candidates(model: Transformer, logits: Tensor, k: int | None) -> tuple[Tensor, Tensor | None]:
     """The logits that matter, and their ids (None: index is id), of what `model.logits` gave, [..., V / N] on each of N
     ranks. k: only so many of the largest do, and only each rank's are gathered, [..., N * k]; None: all, [..., V].

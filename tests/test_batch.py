@@ -1,4 +1,5 @@
 """Different prompts in one batch: each text is what its prompt gives alone, whatever shares the batch with it."""
+import itertools
 import json
 import random
 from dataclasses import replace
@@ -73,6 +74,20 @@ def test_each_text_ends_on_its_own_however_late_that_is_known(late, folder, monk
     assert texts(events) == [tokens[:end] for tokens, end in zip(free, ends, strict=True)]
     assert all(event.stop == "stop_id" for event in events if event.token in stops)
     assert all(event.stop in (None, "length") for event in events if event.token not in stops)
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_penalties_and_logarithms_are_those_of_the_row_alone(late, folder, monkeypatch):
+    """Each row has a text of its own that its tokens are held against, from its own prompt on."""
+    monkeypatch.setattr(device, "read_ahead", lambda _: late)
+    model, _ = g.load_model(folder.write(), "cpu")
+    sampling = g.Sampling(0, repetition_penalty=1.3, presence_penalty=2.0, frequency_penalty=1.0, logprobs=2)
+    requests = [Request([7, 7, i, 5][:n], 20) for i, n in enumerate((4, 1, 3, 4, 2))]
+    alone = [list(g.generate(model, r.prompt, 20, sampling)) for r in requests]
+    together = texts(generate_batch(model, requests, 2, sampling))
+    assert together == alone != [list(g.generate(model, r.prompt, 20, GREEDY)) for r in requests]
+    for a, b in zip(itertools.chain(*alone), itertools.chain(*together), strict=True):
+        assert [i for i, _ in a.top] == [i for i, _ in b.top] and a.logprob == pytest.approx(b.logprob, abs=1e-4)
 
 
 def test_the_same_seed_gives_the_same_texts_again(folder):
@@ -194,8 +209,10 @@ def test_a_continuation_keeps_the_space_it_begins_with():
     words = ["def", " f", "(a,", " b", ")"]
     dropping = SimpleNamespace(decode=lambda ids: "".join(words[i] for i in ids).removeprefix(" "))
     for i in range(6):
-        prompt, rest = list(range(5))[:i], list(range(5))[i:]
-        assert dropping.decode(prompt) + prompts.continuation(dropping, prompt, rest) == "def f(a, b)"
+        for strings in ((), ("never",)):  # which is read as it grows
+            text = prompts.Growing(dropping, range(i), strings)
+            assert not any(text.push(word) for word in range(i, 5))
+            assert dropping.decode(range(i)) + text.close() == "def f(a, b)"
 
 
 def test_a_file_of_prompts_becomes_a_file_of_texts(command, tmp_path):
@@ -216,6 +233,20 @@ def test_a_file_of_prompts_becomes_a_file_of_texts(command, tmp_path):
     document = json.loads(out)
     assert [(s["index"], s["text"]) for s in document["samples"]] == sorted((d["index"], d["text"]) for d in written)
     assert document["batch"]["rows"] == 8 and document["batch"]["new_tokens"] == sum(len(d["tokens"]) for d in written)
+
+
+def test_strings_end_each_text_and_logarithms_are_told(command):
+    options = ["--temperature", "0", "--max_new_tokens", "30", "--dtype", "fp32", "--stop", "\n", "--json",
+               "--logprobs", "1"]
+    alone = [json.loads(command(g.main, "--prompt", prompt, *options)[1].splitlines()[-1])["samples"][0]
+             for prompt in PROMPTS[2:]]
+    options += ["--batch_size", "2"]
+    _, out, _ = command(g.main, *(x for prompt in PROMPTS[2:] for x in ("--prompt", prompt)), *options)
+    together = json.loads(out.splitlines()[-1])["samples"]
+    assert "stop_string" in [sample["stop"] for sample in alone]
+    for name in ("tokens", "text", "stop"):
+        assert [sample[name] for sample in together] == [sample[name] for sample in alone]
+    assert all(len(sample["logprobs"]) == len(sample["tokens"]) for sample in together)
 
 
 def test_a_plain_file_has_a_prompt_a_line(command, tmp_path):

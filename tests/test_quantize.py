@@ -422,3 +422,11 @@ def test_a_config_that_does_not_fit_its_numbers_is_said(tmp_path):
         load_model(tmp_path / "new", "cpu")
     assert all(t.dtype in (torch.int8, torch.float32, torch.bfloat16)
                for t in load_file(tmp_path / "new" / "model.safetensors").values())
+
+
+def test_making_room_for_a_large_model_takes_no_memory():
+    """405 billion weights: on the meta device, as the rest of the model until it is loaded."""
+    with torch.device("meta"):
+        model = Transformer(config_of_shape("Llama-3.1-405B"))
+    quantize.quantize_(model, Quantization("int4"))
+    assert {p.device.type for p in model.parameters()} == {"meta"}

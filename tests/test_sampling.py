@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from errors import UserError
-from sampling import Sampling, distribution, largest, sample
+from sampling import Sampling, distribution, largest, penalize, sample, score, scored
 
 CPU = torch.device("cpu")
 
@@ -22,6 +22,8 @@ def exact(logits: torch.Tensor, options: Sampling) -> torch.Tensor:
                 break
             mass, kept = mass + p[i].item(), kept + 1
         p[order[kept:]] = 0
+    if options.min_p:
+        p[p < options.min_p * p.max()] = 0
     return p / p.sum()
 
 
@@ -46,6 +48,7 @@ def draw(logits: torch.Tensor, options: Sampling, n: int = 40_000) -> torch.Tens
 
 @pytest.mark.parametrize("options", [
     Sampling(1.0, None), Sampling(0.5, None), Sampling(2.0, 5), Sampling(1.0, None, 0.7), Sampling(0.8, 7, 0.6),
+    Sampling(1.0, None, None, 0.3), Sampling(1.5, 9, 0.9, 0.1), Sampling(1.0, None, min_p=1.0),
     Sampling(1.0, 1), Sampling(1.0, None, 1e-6), Sampling(1.0, 10_000, 1.0)], ids=str)
 def test_samples_follow_the_exact_distribution(options):
     torch.manual_seed(torch.seed() % 2**31)
@@ -103,7 +106,40 @@ def test_logits_that_are_not_finite_give_no_token(temperature, bad):
 
 @pytest.mark.parametrize("options", [
     dict(temperature=-1), dict(temperature=float("nan")), dict(temperature=float("inf")), dict(top_k=0),
-    dict(top_p=0.0), dict(top_p=1.5), dict(top_p=float("nan"))], ids=str)
+    dict(top_p=0.0), dict(top_p=1.5), dict(top_p=float("nan")), dict(min_p=-0.1), dict(min_p=2), dict(logprobs=-1),
+    dict(repetition_penalty=0), dict(repetition_penalty=float("nan")), dict(presence_penalty=float("inf")),
+    dict(frequency_penalty=-101), dict(logprobs=101)], ids=str)
 def test_impossible_options_are_refused(options):
     with pytest.raises(UserError, match="allowed"):
         Sampling(**options)
+
+
+# -- what the text so far has to say ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("first, size", [(0, 30), (12, 9)])  # a whole vocabulary, and a rank's part of it
+def test_penalties_are_what_the_text_up_to_each_place_makes_them(first, size):
+    logits, text = torch.randn(2, 3, size), torch.randint(30, (2, 20))
+    positions, starts = torch.tensor([[4, 5, 6], [14, 15, 16]]), torch.tensor([[2], [16]])
+    repetition, presence, frequency = 1.7, 0.9, -0.4
+    got = penalize(logits, text, positions, starts, torch.tensor([repetition, presence, frequency]), first)
+    for b in range(2):
+        for i in range(3):
+            seen = text[b, :positions[b, i] + 1].tolist()
+            written = seen[starts[b, 0]:]
+            for v in range(size):
+                x = logits[b, i, v].item()
+                if v + first in seen:
+                    x = x / repetition if x > 0 else x * repetition
+                x -= presence * (v + first in written) + frequency * written.count(v + first)
+                assert abs(got[b, i, v].item() - x) < 1e-5
+
+
+def test_a_score_survives_its_way_as_whole_numbers():
+    logits = torch.randn(3, 50) * 5
+    token = torch.randint(50, (3, 1))
+    for n in (0, 4):
+        for row, one, chosen in zip(score(logits, token, n).tolist(), logits.double(), token.flatten(), strict=True):
+            found, truth = scored(row), one.log_softmax(-1)
+            assert found == chosen and abs(found.logprob - truth[chosen].item()) < 1e-5
+            assert [i for i, _ in found.top] == one.argsort(descending=True)[:n].tolist()
+            assert all(abs(p - truth[i].item()) < 1e-5 for i, p in found.top)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import UserError
-from tokenizer import JsonTokenizer, SentencePieceTokenizer, Stream, load_tokenizer
+from tokenizer import JsonTokenizer, SentencePieceTokenizer, Stops, Stream, load_tokenizer
 
 BOTH = [JsonTokenizer(DEMO / "tokenizer.json"), SentencePieceTokenizer(DEMO / "tokenizer.model")]
 # U+2581 is sentencepiece's sign for a space: it comes back as one, as in every tokenizer of this kind.
@@ -74,3 +74,17 @@ def test_a_damaged_tokenizer_is_one_clear_line(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match="download it again"):
         load_tokenizer(tmp_path)
+
+
+@given(st.lists(st.text("ab\n", max_size=4), max_size=12),
+       st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
+def test_a_text_ends_before_the_first_stop_however_it_is_cut(pieces, strings):
+    stops, text = Stops(strings), "".join(pieces)
+    given = [stops.push(piece) for piece in pieces] + [stops.flush()]
+    first = min((at for string in strings if (at := text.find(string)) >= 0), default=len(text))
+    assert "".join(given) == text[:first] and stops.met == any(string in text for string in strings)
+
+
+def test_text_that_begins_no_stop_is_given_at_once():
+    stops = Stops(["\n\n", "END"])
+    assert [stops.push(piece) for piece in ("one ", "E", "x", "\n", "two")] == ["one ", "", "Ex", "", "\ntwo"]

@@ -48,7 +48,9 @@ def work(task: dict) -> dict:
              "greedy": text(model, prompts[:1], sampling=greedy), "rows": text(model, prompts, sampling=greedy),
              "drawn": text(model, prompts[:1], sampling=Sampling(1.0, 20), seed=3)}
     if task["drafts"]:
-        found["nucleus"] = text(model, prompts, sampling=Sampling(0.9, None, 0.8), seed=4)
+        found["nucleus"] = text(model, prompts, sampling=Sampling(0.9, None, 0.8, 0.05), seed=4)
+        asked = Sampling(0, repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.2, logprobs=2)
+        found["penalized"] = text(model, prompts, sampling=asked)
     if task["compile"] and world.size == 2:
         steps = compiled_steps(model.device)
         found["compiled"] = text(model, prompts[:1], steps, sampling=greedy)
