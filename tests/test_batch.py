@@ -81,7 +81,7 @@ def test_penalties_and_logarithms_are_those_of_the_row_alone(late, folder, monke
     """Each row has a text of its own that its tokens are held against, from its own prompt on."""
     monkeypatch.setattr(device, "read_ahead", lambda _: late)
     model, _ = g.load_model(folder.write(), "cpu")
-    sampling = g.Sampling(0, repetition_penalty=1.3, presence_penalty=2.0, frequency_penalty=1.0, logprobs=2)
+    sampling = g.Sampling(0, repetition_penalty=1.3, presence_penalty=-2.0, frequency_penalty=0.5, logprobs=2)
     requests = [Request([7, 7, i, 5][:n], 20) for i, n in enumerate((4, 1, 3, 4, 2))]
     alone = [list(g.generate(model, r.prompt, 20, sampling)) for r in requests]
     together = texts(generate_batch(model, requests, 2, sampling))
