@@ -72,7 +72,8 @@ def compiled(function: Callable, device: torch.device, **settings) -> Callable:
     if device.type == "cpu":
         return AheadOfTime(function, **settings)
     machine.configure_compiler(device)
-    return torch.compile(function, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    graph = dict(mode="reduce-overhead") if device.type == "cuda" else {}  # elsewhere it only cuts the program in parts
+    return torch.compile(function, fullgraph=True, dynamic=False, **graph)
 
 
 # -- packages ---------------------------------------------------------------------------------------------------------

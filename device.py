@@ -306,6 +306,10 @@ def configure_compiler(device: torch.device) -> None:
         torch._inductor.config.triton.unique_kernel_names = True
         if os.environ.get("TORCHINDUCTOR_ENABLE_PDL") == "1":  # older versions of torch do not read it
             torch._inductor.config.triton.enable_pdl = True
+    if device.type == "mps":  # a kernel costs some microseconds whatever it does: what two need is computed twice
+        torch._inductor.config.force_pointwise_cat = True
+        torch._inductor.config.realize_opcount_threshold = 100
+        torch._inductor.config.assert_indirect_indexing = False  # no checks of tokens and positions, which are checked
 
 
 def warm_up_calls(device: torch.device) -> int:

@@ -153,5 +153,5 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the leading pairs (i, i + r/2) of x [B, S, heads, E], as in HF files; cos, sin [B, S, 1, r / 2] float32."""
     r = 2 * cos.shape[-1]
     a, b = x[..., :r].float().chunk(2, -1)
-    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
-    return turned if r == x.shape[-1] else torch.cat([turned, x[..., r:]], -1)
+    turned = (a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)
+    return torch.cat(turned if r == x.shape[-1] else (*turned, x[..., r:]), -1)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ops
 from config import DeltaNetConfig
 from layers import Linear, RMSNorm
 
@@ -21,22 +22,23 @@ class RecurrentState(nn.Module):
     """What a layer remembers: the inputs of its convolution for the last positions, and the state after each of them.
 
     Kept by position, like keys and values: the state after t tokens lives in slot t % R, the input at position p in
-    slot p % (kernel - 1 + rewind). So a call may start up to `rewind` positions before the end of the last one, row by
-    row, with nothing to undo; and at position 0 it starts from zero.
+    slot p % (kernel + rewind), one more than are looked back on, so that a kernel may write while another part of it
+    reads. So a call may start up to `rewind` positions before the end of the last one, row by row, with nothing to
+    undo; and at position 0 it starts from zero.
     """
 
     def __init__(self, config: DeltaNetConfig, batch: int, rewind: int, dtype: torch.dtype,
                  device: torch.device) -> None:
         super().__init__()
         self.rewindable = rewind
-        conv = torch.zeros(batch, config.conv_kernel - 1 + rewind, conv_width(config), dtype=dtype, device=device)
+        conv = torch.zeros(batch, config.conv_kernel + rewind, conv_width(config), dtype=dtype, device=device)
         state = torch.zeros(batch, rewind + 1, config.n_v_heads, config.k_dim, config.v_dim, device=device)
         self.register_buffer("conv", conv, persistent=False)
         self.register_buffer("state", state, persistent=False)
         self.register_buffer("rows", torch.arange(batch, device=device)[:, None], persistent=False)
 
     def read(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Before positions [B, S]: the inputs of all slots in order, [B, kernel - 1 + rewind, C], and the state."""
+        """Before positions [B, S]: the inputs of all slots in order, [B, kernel + rewind, C], and the state."""
         first, slots = positions[:, :1], self.conv.shape[1]
         before = first - slots + torch.arange(slots, device=positions.device)  # [B, slots]
         past = self.conv[self.rows, before % slots].masked_fill((before < 0)[..., None], 0)
@@ -141,15 +143,19 @@ class GatedDeltaNet(nn.Module):
         return positions
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:  # [B, S, D] at [B, S]
-        c, S = self.config, x.shape[1]
-        qkv, z = self.w_qkvz(x).split([conv_width(c), c.n_v_heads * c.v_dim], -1)
-        past, state = self.cache.read(positions)
+        c, S, cache = self.config, x.shape[1], self.cache
+        qkvz, ba = self.w_qkvz(x), self.w_ba(x)
+        if ops.delta_kernel_takes(positions, cache.state):
+            return self.wo(torch.ops.readonce.delta_step(qkvz, ba, positions, cache.conv, cache.state, self.conv,
+                                                         self.A_log, self.dt_bias, self.norm.weight, self.norm.eps))
+        qkv, z = qkvz.split([conv_width(c), c.n_v_heads * c.v_dim], -1)
+        past, state = cache.read(positions)
         inputs = torch.cat([past, qkv], 1)  # [B, slots + S, C]
         q, k, v = self.convolve(inputs[:, -(S + c.conv_kernel - 1):])
-        b, a = self.w_ba(x).float().chunk(2, -1)  # [B, S, H]
+        b, a = ba.float().chunk(2, -1)  # [B, S, H]
         g = -self.A_log.float().exp() * F.softplus(a + self.dt_bias.float())
         o, states = self.delta_rule(q, k, v, g, b.sigmoid(), state)
-        self.cache.update(positions, inputs[:, -past.shape[1]:], states)
+        cache.update(positions, inputs[:, -past.shape[1]:], states)
         y = self.norm(o) * F.silu(z.float().unflatten(-1, (-1, c.v_dim)))
         return self.wo(y.flatten(-2).to(x.dtype))
 

@@ -25,6 +25,7 @@ def processor_has(feature: str) -> bool:
 
 
 AVX512 = processor_has("avx512_bw")
+MPS_STREAMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)  # a matrix times one vector, in PyTorch
 
 
 def bind(device_type: str, dtype: torch.dtype = torch.float32) -> None:
@@ -54,8 +55,10 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in] transposed -> [..., out]; with a scale, of a quantized weight."""
     if scale is not None:
         return torch.ops.readonce.quantized_linear(x, weight, scale)
-    if x.device.type == "cpu" and weight.itemsize == 2:
+    if weight.itemsize == 2 and (x.device.type == "cpu" or (x.device.type == "mps" and not MPS_STREAMS)):
         return torch.ops.readonce.linear16(x, weight, None)
+    if x.device.type == "mps":  # there PyTorch takes slower ways for more dimensions than two
+        return F.linear(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
     return F.linear(x, weight)
 
 
@@ -341,8 +344,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: 
                      sinks: Tensor | None) -> Tensor:
     """Rows q [B, K, R, E] over whole caches [B, K, L, E]; row r stands at positions[:, r % S] -> [B, K, R, E].
 
-    Position p lives in slot p % L; window 0: none. Cost follows L; ops/cuda.py and ops/cpu_attention.cpp have forms
-    whose cost follows the filled part.
+    Position p lives in slot p % L; window 0: none. Cost follows L; the devices' files have forms whose cost
+    follows the filled part.
     """
     keys = slot_positions(positions[:, -1:], torch.arange(k.shape[2], device=q.device), k.shape[2])
     seen = visible(keys, positions, window or None)  # [B, S, L]
@@ -353,3 +356,25 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: 
 @torch.library.register_fake("readonce::decode_attention")
 def _(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int, sinks: Tensor | None) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+# -- Gated DeltaNet ---------------------------------------------------------------------------------------------------
+
+LIBRARY.define("delta_step(Tensor qkvz, Tensor ba, Tensor positions, Tensor(a!) conv, Tensor(b!) state, Tensor taps, "
+               "Tensor decay, Tensor shift, Tensor norm, float eps) -> Tensor")
+
+
+def delta_kernel_takes(positions: Tensor, state: Tensor) -> bool:
+    """Whether a call at positions [B, S] has `torch.ops.readonce.delta_step`: all of a Gated DeltaNet layer between its
+    matrices in one kernel, as reference.delta_step has it. An Apple GPU alone: elsewhere the compiler fuses the parts.
+    """
+    few = positions.shape[1] <= state.shape[1]
+    if torch.compiler.is_compiling():
+        few = torch.fx.experimental.symbolic_shapes.statically_known_true(few)
+    return positions.device.type == "mps" and few
+
+
+@torch.library.register_fake("readonce::delta_step")
+def _(qkvz: Tensor, ba: Tensor, positions: Tensor, conv: Tensor, state: Tensor, taps: Tensor, decay: Tensor,
+      shift: Tensor, norm: Tensor, eps: float) -> Tensor:
+    return qkvz.new_empty(*qkvz.shape[:2], state.shape[2] * state.shape[4])

@@ -1,10 +1,10 @@
-// Quantized matrices times a few vectors, for Apple GPUs, in the formats of ops/__init__.py. Bound by ops/mps.py, which
-// defines, before this text:
-//   X      bfloat, half or float, the type of x and y
+// Matrices times a few vectors, for Apple GPUs, in the formats of ops/__init__.py or of 16 bits. Bound by ops/mps.py,
+// which defines, before this text:
+//   X      bfloat, half or float, the type of x and y; X4: four of them
 //   ROWS   rows of the matrix that a simdgroup (32 lanes) works
 //   XROWS  rows of x that it works at once, so that a weight, once read, serves them all
 //
-// In a step a lane reads 8 bytes of each of its rows; it sums in float, and simd_sum adds up the lanes at the end. The
+// In a step a lane reads 8 bytes of each of its rows, 16 if weights are of 16 bits; it sums in float, and simd_sum adds up the lanes at the end. The
 // blocks of XROWS rows of x lie side by side in the grid, so that those after the first find the weights in the cache.
 // A row past the end of the matrix or of x is read as the last one, and not written.
 //
@@ -102,10 +102,11 @@ kernel void int4_expert_linear(device const X* x, device const ushort4* weight, 
              uint(shift), lane);
 }
 
-// -- int8 -------------------------------------------------------------------------------------------------------------
+// -- int8 and 16 bits -------------------------------------------------------------------------------------------------
 
-// Adds the products of four columns, from k, to the sums.
-inline void int8_columns(device const X* x, device const char4* weight, thread Sums& sum,
+// Adds the products of four columns, from k, to the sums. W: four weights.
+template <class W>
+inline void four_columns(device const X* x, device const W* weight, thread Sums& sum,
                          uint m, uint n, uint k, uint M, uint K, uint N) {
   float4 v[XROWS];
   UNROLL for (uint b = 0; b < XROWS; b++) {
@@ -119,19 +120,26 @@ inline void int8_columns(device const X* x, device const char4* weight, thread S
   }
 }
 
-// y[m, n] = scale[n] * sum over k of x[m, k] * weight[n, k].
+// Sums over k of x[m, k] * weight[n, k], each lane's part.
 // K is a multiple of 4, so that one lane may end with half a step.
+template <class W>
+inline void all_columns(device const X* x, device const W* weight, thread Sums& sum,
+                        uint m, uint n, uint M, uint K, uint N, uint lane) {
+  uint k = lane * 8;
+  for (; k + 8 <= K; k += 256) {
+    four_columns(x, weight, sum, m, n, k, M, K, N);
+    four_columns(x, weight, sum, m, n, k + 4, M, K, N);
+  }
+  if (k < K) {
+    four_columns(x, weight, sum, m, n, k, M, K, N);
+  }
+}
+
+// y[m, n] = scale[n] * sum over k of x[m, k] * weight[n, k].
 inline void int8_block(device const X* x, device const char4* weight, device const float* scale, device X* y,
                        uint m, uint n, uint M, uint K, uint N, uint lane) {
   Sums sum = {};
-  uint k = lane * 8;
-  for (; k + 8 <= K; k += 256) {
-    int8_columns(x, weight, sum, m, n, k, M, K, N);
-    int8_columns(x, weight, sum, m, n, k + 4, M, K, N);
-  }
-  if (k < K) {
-    int8_columns(x, weight, sum, m, n, k, M, K, N);
-  }
+  all_columns(x, weight, sum, m, n, M, K, N, lane);
   UNROLL for (uint r = 0; r < ROWS; r++) {
     const float s = scale[min(n + r, N - 1)];
     UNROLL for (uint b = 0; b < XROWS; b++) {
@@ -156,4 +164,14 @@ kernel void int8_expert_linear(device const X* x, device const char4* weight, de
   const uint m = at.x / 32, K = uint(inputs), N = uint(outputs);
   const ulong first = ulong(chosen[m]) * N;  // row; all experts together may pass 32 bits
   int8_block(x + m * K, weight + first * (K / 4), scale + first, y + m * N, 0, at.y * ROWS, 1, K, N, lane);
+}
+
+// x [M, K], weight [N, K], both X -> y [M, N]
+kernel void plain_linear(device const X* x, device const X4* weight, device X* y,
+                         constant long& rows, constant long& inputs, constant long& outputs,
+                         uint3 at [[thread_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {
+  const uint m = at.x / 32 * XROWS, n = at.y * ROWS, M = uint(rows), K = uint(inputs), N = uint(outputs);
+  Sums sum = {};
+  all_columns(x, weight, sum, m, n, M, K, N, lane);
+  store(y, sum, m, n, M, N, lane);
 }

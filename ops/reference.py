@@ -1,5 +1,6 @@
 """The truth of each operation in ops/, in plain PyTorch and float32: slow, short, what the fast twins are tested by."""
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -43,3 +44,32 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: 
         state[b, h] = faded + torch.outer(k[b, t, h], d)
         o[b, t, h] = q[b, t, h] @ state[b, h]
     return o, state
+
+
+def delta_step(qkvz: Tensor, ba: Tensor, positions: Tensor, conv: Tensor, state: Tensor, taps: Tensor, decay: Tensor,
+               shift: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """A Gated DeltaNet layer between its matrices, for tokens at positions [B, S]; conv and state are written.
+
+    qkvz [B, S, C + H * V], ba [B, S, 2 H], conv [B, slots, C], state [B, R, H, K, V], taps [C, n], decay and shift [H],
+    norm [V] -> y [B, S, H * V]. Position p's inputs lie in slot p % slots, the state after t tokens in slot t % R;
+    there is nothing before position 0. Computed in the dtype of `state`.
+    """
+    (B, S), C, (R, H, K, V) = positions.shape, conv.shape[2], state.shape[1:]
+    y = state.new_empty(B, S, H, V)
+    for b, t in torch.cartesian_prod(torch.arange(B), torch.arange(S)).tolist():
+        p = int(positions[b, t])
+        conv[b, p % conv.shape[1]] = qkvz[b, t, :C]
+        back = range(min(taps.shape[1], p + 1))
+        x = F.silu(sum(taps[:, -1 - i].to(state) * conv[b, (p - i) % conv.shape[1]].to(state) for i in back))
+        heads = (C - H * V) // (2 * K)
+        q, k = (part.repeat_interleave(H // heads, 0) for part in x[:2 * heads * K].view(2, heads, K))
+        q, k = (part * torch.rsqrt(part.square().sum(-1, keepdim=True) + 1e-6) for part in (q, k))
+        beta, g = (part.to(state) for part in ba[b, t].chunk(2))
+        g = -decay.to(state).exp() * F.softplus(g + shift.to(state), threshold=100)
+        old = state[b, p % R] if p else torch.zeros_like(state[b, 0])
+        rows = (part[None, None] for part in (q * K ** -0.5, k, x[2 * heads * K:].view(H, V), g, beta.sigmoid()))
+        o, new = delta_rule(*rows, old[None])
+        state[b, (p + 1) % R] = new[0]
+        z = qkvz[b, t, C:].to(state).view(H, V)
+        y[b, t] = o[0, 0] * torch.rsqrt(o[0, 0].square().mean(-1, keepdim=True) + eps) * norm.to(state) * F.silu(z)
+    return y.flatten(2)

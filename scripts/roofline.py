@@ -36,6 +36,7 @@ from layers import Embedding, ExpertLinear, Matrix
 from loader import materialize
 from model import Transformer
 from quantize import quantize_
+from scripts.dispatches import KernelCost, kernels_of_step
 from tp import CutTransformer
 
 FILE = Path(__file__).with_name("devices.json")
@@ -71,6 +72,7 @@ class Device:
     matmul: float | None = None  # bf16 operations/s, dense
     link: Link | None = None  # None: one device only
     note: str = ""
+    kernels: KernelCost | None = None  # where a step is predicted by counting its kernels
 
 
 def devices() -> dict[str, Device]:
@@ -85,7 +87,7 @@ def read_device(entry: dict) -> Device:
         latency = {int(ranks): us * 1e-6 for ranks, us in link["latency_us"]["value"].items()}
         link = Link(link["name"], link["gb_s"]["value"] * 1e9, latency, link["ranks"], link.get("per_peer", False))
     return Device(entry["name"], figure("memory_gb", 1e9), figure("bandwidth_gb_s", 1e9), figure("read_gb_s", 1e9),
-                  figure("bf16_tflops", 1e12), link, entry.get("note", ""))
+                  figure("bf16_tflops", 1e12), link, entry.get("note", ""), KernelCost.read(entry))
 
 
 def find_device(name: str) -> Device:
@@ -152,6 +154,8 @@ class Plan:
     load: Load
     would_do: int | None  # the fewest ranks that hold it
     matmul: float | None  # operations/s, where they are known for this width
+    kernels: int | None = None  # of a step, where they were counted
+    dtype: str = "bf16"
 
     fits = property(lambda self: self.device.memory is None or self.load.memory <= self.device.memory)
     compute_s = property(lambda self: self.load.operations / self.matmul if self.matmul else 0.0)
@@ -176,6 +180,13 @@ class Plan:
         return self.batch / (max(self.load.read / bandwidth, self.compute_s) + self.reduce_s) \
             if bandwidth and self.fits else None
 
+    @property
+    def predicted(self) -> list[float]:
+        """Tokens/s at the least, the likely and the largest cost of a kernel: a model's, of one row on one device."""
+        alone = self.ranks == self.batch == 1 and self.fits and self.kernels and self.device.kernels
+        return self.device.kernels.tok_s(self.load.read, self.device.bandwidth, self.kernels, self.dtype) \
+            if alone else []
+
     def document(self, **about) -> dict:
         """The fields of --json; bytes and seconds are those of one rank and one step."""
         of = self.device
@@ -183,7 +194,8 @@ class Plan:
                 "memory_bytes": self.load.memory, "device_memory_bytes": of.memory, "fits": self.fits,
                 "ranks_that_would_do": self.would_do, "all_reduce_s": self.reduce_s,
                 "compute_s": self.compute_s or None, "bandwidth_gb_s": of.bandwidth / 1e9,
-                "floor_tok_s": self.tok_s(of.bandwidth), "read_tok_s": self.tok_s(of.read)}
+                "floor_tok_s": self.tok_s(of.bandwidth), "read_tok_s": self.tok_s(of.read),
+                "predicted_tok_s": self.predicted or None, "kernels": self.kernels if self.predicted else None}
 
 
 def plan(device: Device, ranks: int | None, batch: int, dtype: torch.dtype, load: Callable[[int], Load]) -> Plan:
@@ -219,6 +231,8 @@ def describe(found: Plan, context: int, depth: int) -> str:
     for bandwidth, what in ((of.bandwidth, "floor"), (of.read, "at what plain reads reach")):
         if speed := found.tok_s(bandwidth):
             lines.append(f"{what}: {found.batch / speed * 1e3:.3f} ms at {bandwidth / 1e9:.0f} GB/s, {speed:.1f} tok/s")
+    if found.predicted:
+        lines.append(of.kernels.describe(found.predicted, found.kernels, found.dtype))
     return "\n".join([*lines, *filter(None, (found.remark, of.note))])
 
 
@@ -358,7 +372,9 @@ def main(argv: list[str]) -> int:
     load = functools.cache(lambda ranks: load_of(config, dtype, ranks, args.batch, args.context, args.depth))
     chosen = {args.device: find_device(args.device)} if args.device else {
         name: of for name, of in devices().items() if of.link or (args.tp or 1) == 1}
-    plans = {name: plan(of, args.tp, args.batch, dtype, load) for name, of in chosen.items()}
+    step = dict(kernels=kernels_of_step(config, args.context), dtype=args.dtype)
+    plans = {name: dataclasses.replace(plan(of, args.tp, args.batch, dtype, load), **step)
+             for name, of in chosen.items()}
     title = f"{args.shape}, {config.quantization or args.dtype}, batch {args.batch}"
     if args.json:
         about = dict(model=args.shape, dtype=args.dtype, context=args.context, depth=args.depth)

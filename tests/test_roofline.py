@@ -193,6 +193,25 @@ def test_a_table_of_all_devices_says_how_many_ranks_each_needs(command):
     assert lines["H100"].split()[1] == "2" and lines["H200"].split()[1] == "1" and "does not fit" in lines["M4-Max-410"]
 
 
+def test_an_apple_gpu_is_predicted_by_bytes_and_kernels_and_said_to_be(command):
+    options = ["Qwen3.5-4B", "--device", "M4-Max-410", "--dtype", "int8", "--context", "1024"]
+    code, line, _ = command(r.main, *options, "--json")
+    found, = json.loads(line)["plans"]
+    read = found["weight_bytes_read"] + found["cache_bytes_read"]
+    assert code == 0 and found["kernels"] == 24 * 9 + 8 * 11 + 6
+    assert found["predicted_tok_s"] == pytest.approx([1 / (read / (0.85 * 410e9) + 310 * us * 1e-6)
+                                                      for us in (3, 5, 10)])
+    assert found["predicted_tok_s"][0] < found["floor_tok_s"]
+    assert f"predicted, not measured: {found['predicted_tok_s'][0]:.1f} / " in command(r.main, *options)[1]
+    for other in (["--batch", "2"], ["--device", "H100"], ["--dtype", "fp32"]):
+        plan, = json.loads(command(r.main, *options, *other, "--json")[1])["plans"]
+        assert plan["predicted_tok_s"] is None and plan["kernels"] is None
+    plan, = json.loads(command(r.main, "Qwen3-30B-A3B", *options[1:], "--json")[1])["plans"]
+    assert plan["predicted_tok_s"] is None  # experts: nobody has counted
+    longer, = json.loads(command(r.main, *options[:-1], "4096", "--json")[1])["plans"]
+    assert longer["kernels"] == 310 + 8  # attention in splits
+
+
 def test_this_machine_is_taken_at_the_bandwidth_it_measured(command, monkeypatch):
     monkeypatch.setattr(r.machine, "read_bandwidth", lambda _: 2e10)
     code, out, _ = command(r.main, "Qwen3-0.6B", "--device", "here", "--json")

@@ -8,9 +8,10 @@ types, include/threads.h for its threads.
 
 Covered: indices, layouts, tails, the grid and its smaller groups at the edges, vectors, rounding to bfloat and half,
 reductions and shuffles of a simdgroup among the lanes that are active, barriers. The threads of a group run forward,
-in reverse or shuffled, and change only at barriers and operations of a simdgroup: where one is missing, an order gives
-another result. Bytes around each tensor are set to all ones, so that a number read from there is NaN (or -1), and a
-write there raises IndexError. Threads of a group that wait at different lines raise RuntimeError.
+in reverse or shuffled, and change only at barriers and operations of a simdgroup, each of which runs as far as it can:
+where one is missing, an order gives another result. Bytes around each tensor are set to all ones, so that a number read
+from there is NaN (or -1), and a write there raises IndexError. Threads of a group that wait at different lines raise
+RuntimeError.
 
 Not covered: whether Apple's compiler takes the text (address spaces above all) and what its fast mathematics do, speed,
 registers, the sizes of threadgroup memory and of groups that a chip allows, memory order in hardware, races between
@@ -28,8 +29,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-INCLUDE = Path(__file__).parent / "include"
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-fsigned-char", "-fno-strict-aliasing", "-ffp-contract=off"]
+INCLUDES = ["-I", str(Path(__file__).parent / "include"), "-I", str(Path(torch.__file__).parent / "include")]
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-fsigned-char", "-fno-strict-aliasing", "-ffp-contract=off",
+         "-fsingle-precision-constant"]  # Metal knows no double
 ORDERS = ("forward", "reverse", "shuffled")
 MARGIN = 4096  # bytes set to all ones, before and after each tensor
 MOST_THREADS = 1024  # to a threadgroup
@@ -81,7 +83,7 @@ def build(source: str) -> tuple[ctypes.CDLL, dict[str, int]]:
                       *(text for text, _ in entries.values())])
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "kernels.so"
-        run = subprocess.run(["g++", *FLAGS, "-I", INCLUDE, "-x", "c++", "-", "-o", library],
+        run = subprocess.run(["g++", *FLAGS, *INCLUDES, "-x", "c++", "-", "-o", library],
                              input=code, capture_output=True, text=True)
         if run.returncode:
             raise SyntaxError(run.stderr[:4000])

@@ -1,9 +1,10 @@
 // The threads of a Metal kernel, as fibers of one thread of the CPU, a threadgroup at a time.
 //
 // A fiber runs until it comes to a barrier or an operation of its simdgroup, and then the next one runs, in an order
-// given from outside: a kernel that lacks a barrier gives another result in another order. An operation takes place
-// when no lane of the simdgroup can run on; lanes that have returned, or that wait at a barrier, take no part. A
-// barrier opens when every thread of the group waits at it or has returned. To meet at different lines is an error.
+// given from outside; a simdgroup runs as far as it can before another one begins. So a kernel that lacks a barrier
+// gives another result in another order. An operation takes place when no lane of the simdgroup can run on; lanes that
+// have returned, or that wait at a barrier, take no part. A barrier opens when every thread of the group waits at it or
+// has returned. To meet at different lines is an error.
 #pragma once
 #include <ucontext.h>
 
@@ -38,6 +39,7 @@ struct Machine {
   std::vector<Thread> threads;  // of the threadgroup that runs
   std::vector<Simdgroup> simdgroups;
   std::vector<std::vector<char>> stacks;
+  std::vector<std::vector<uint>> order;  // of simdgroups, and of threads in each
   ucontext_t scheduler;
   uint current;
   void (*kernel_call)(void**);
@@ -117,21 +119,35 @@ inline bool operate(uint index) {
   return any;
 }
 
-inline void run_threadgroup(const uint* order, uint ordered) {
+// Each simdgroup as far as it can go, one after the other, then all past the barrier.
+inline void run_threadgroup() {
   while (!machine.error) {
-    for (uint i = 0; i < ordered; i++) {
-      if (order[i] >= machine.threads.size() || machine.threads[order[i]].state != State::runs) continue;
-      machine.current = order[i];
-      swapcontext(&machine.scheduler, &self().context);
+    for (const std::vector<uint>& lanes : machine.order) {
+      do {
+        for (uint i : lanes) {
+          if (i >= machine.threads.size() || machine.threads[i].state != State::runs) continue;
+          machine.current = i;
+          swapcontext(&machine.scheduler, &self().context);
+        }
+      } while (!machine.error && lanes[0] / LANES < machine.simdgroups.size() && operate(lanes[0] / LANES));
     }
-    bool operated = false;
-    for (uint i = 0; i < machine.simdgroups.size(); i++) operated |= operate(i);
-    if (operated) continue;
     bool waiting = false;
     for (const Thread& thread : machine.threads) waiting |= thread.state == State::at_barrier;
     if (!waiting) return;
     release(0, machine.threads.size(), State::at_barrier);
   }
+}
+
+// The threads of a whole group, by simdgroup, in an order of all of them.
+inline std::vector<std::vector<uint>> by_simdgroup(const uint* order, uint ordered) {
+  std::vector<std::vector<uint>> lanes;
+  std::vector<int> place((ordered + LANES - 1) / LANES, -1);
+  for (uint i = 0; i < ordered; i++) {
+    int& at = place[order[i] / LANES];
+    if (at < 0) at = lanes.size(), lanes.emplace_back();
+    lanes[at].push_back(order[i]);
+  }
+  return lanes;
 }
 
 inline uint3 point(uint i, uint3 size) { return uint3(i % size.x, i / size.x % size.y, i / size.x / size.y); }
@@ -160,6 +176,7 @@ inline void place_thread(uint i, uint3 grid, uint3 group, uint3 groups, uint3 at
 inline const char* run(void (*call)(void**), void** arguments, uint3 grid, uint3 group, const uint* order) {
   const uint3 groups = (grid + group - uint3(1)) / group;
   machine.kernel_call = call, machine.arguments = arguments, machine.error = nullptr;
+  machine.order = by_simdgroup(order, group.x * group.y * group.z);
   for (uint g = 0; g < groups.x * groups.y * groups.z && !machine.error; g++) {
     const uint3 at = point(g, groups), left = grid - at * group;
     const uint3 size(smaller(left.x, group.x), smaller(left.y, group.y), smaller(left.z, group.z));
@@ -167,7 +184,7 @@ inline const char* run(void (*call)(void**), void** arguments, uint3 grid, uint3
     machine.simdgroups.resize((machine.threads.size() + LANES - 1) / LANES);
     while (machine.stacks.size() < machine.threads.size()) machine.stacks.emplace_back(STACK);
     for (uint i = 0; i < machine.threads.size(); i++) place_thread(i, grid, group, groups, at, size);
-    run_threadgroup(order, group.x * group.y * group.z);
+    run_threadgroup();
   }
   return machine.error;
 }
