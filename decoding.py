@@ -177,30 +177,42 @@ def generate_rows(model: Transformer, prompts: Sequence[Sequence[int]], max_new_
 
 def prepare(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int,
             speculation: Speculation | None = None, sampling: Sampling = Sampling()) -> None:
-    """Check that such texts are possible, and make room for them: caches of a power of two, so that growing is rare."""
-    config, longest = model.config, max(map(len, prompts))
-    if not all(len(prompt) for prompt in prompts):
-        raise UserError("the prompt is empty; give at least one token")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    """Check that such texts are possible, and make room for them."""
+    for prompt in prompts:
+        check(model, prompt, max_new_tokens)
     if speculation and sampling.logprobs is not None:
         raise UserError("logprobs are not told while speculating; leave one of --logprobs and --draft out")
-    length = longest + max_new_tokens
-    if length > config.max_seq_len:
-        raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones need {length} positions; the "
-                        f"model has {config.max_seq_len}: shorten one of them")
-    low, high = min(map(min, prompts)), max(map(max, prompts))
-    if low < 0 or high >= config.vocab_size:
-        raise UserError(f"the prompt has token id {high if low >= 0 else low}; the model's vocabulary is 0 to "
-                        f"{config.vocab_size - 1}: tokenizer and model do not belong together")
+    length = max(map(len, prompts)) + max_new_tokens
     rows, have, _ = model.cache_size
     spare, rewind = (speculation.spare, speculation.longest) if speculation else (0, int(sampling.remembers))
     if rows != len(prompts) or have < length + spare:
-        length = max(have - spare, min(max(256, 1 << (length - 1).bit_length()), config.max_seq_len))
+        length = max(have - spare, roomy(model, length))
         machine.require_memory(len(prompts) * model.cache_bytes(length), model.device)
     model.setup_caches(len(prompts), max(length + spare, have), rewind)
     if speculation:
         speculation.setup(model)
+
+
+def check(model: Transformer, prompt: Sequence[int], max_new_tokens: int) -> None:
+    """Raise UserError if the model cannot continue a prompt by so many tokens."""
+    config, length = model.config, len(prompt) + max_new_tokens
+    if not prompt:
+        raise UserError("the prompt is empty; give at least one token")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if length > config.max_seq_len:
+        raise UserError(f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones need {length} positions; the "
+                        f"model has {config.max_seq_len}: shorten one of them")
+    low, high = min(prompt), max(prompt)
+    if low < 0 or high >= config.vocab_size:
+        raise UserError(f"the prompt has token id {high if low >= 0 else low}; the model's vocabulary is 0 to "
+                        f"{config.vocab_size - 1}: tokenizer and model do not belong together")
+
+
+def roomy(model: Transformer, length: int) -> int:
+    """Positions of a cache for texts of `length`: a power of two where the model has so many, so that growing, which
+    costs a compilation, is rare."""
+    return min(max(256, 1 << (length - 1).bit_length()), model.config.max_seq_len)
 
 
 @torch.no_grad()

@@ -185,7 +185,7 @@ def require_memory(needed: int, device: torch.device) -> None:
     free = available_memory(device)
     if free is not None and needed > free:
         raise UserError(f"the model needs about {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free; "
-                        f"take a smaller model, a narrower --dtype, or fewer tokens")
+                        f"take a smaller model, a narrower --dtype, or fewer tokens or rows")
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@
     python generate.py --compile --checkpoint_path ORG/NAME --prompt "Once upon a time"
     python generate.py --compile --quantize int4                      fewer bytes (or a folder by quantize.py)
     python generate.py --compile --draft lookup                       several tokens for one read of the weights
+    python generate.py --compile --prompts_file prompts.txt           many prompts, several at a time
     python generate.py --compile --random_weights Llama-3.2-1B --prompt 512
 
 Text goes to stdout, messages and numbers to stderr. As a library:
@@ -13,8 +14,8 @@ Text goes to stdout, messages and numbers to stderr. As a library:
         ...
 """
 import dataclasses
+import functools
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,9 @@ import torch
 import chat
 import device as machine
 import ops
+import prompts
 import tp
+from batch import Batch
 from checkpoint import resolve_checkpoint
 from collectives import alike, joined, once_per_node, share_memory, told, world
 from config import ModelConfig, Quantization, read_json
@@ -34,10 +37,11 @@ from drafts import LookupDraft, ModelDraft, MultiTokenDraft, SelfDraft, int4_cop
 from errors import Parser, UserError, run_command
 from families import config_from_dict, config_of_shape
 from loader import load_weights, random_weights
-from metrics import Sample, describe, measure
+from metrics import Sample, describe, measure, report
 from model import Transformer
 from pace import Pace
 from packed import map_packed, packed_file, save_packed
+from prompts import Prompt
 from quantize import quantize_
 from sampling import Sampling
 from speculative import Speculation
@@ -185,7 +189,13 @@ def parser() -> Parser:
     p.add_argument("--checkpoint_path", help="Hugging Face folder, or ORG/NAME on the hub (default: the demo)")
     p.add_argument("--random_weights", metavar="SHAPE",
                    help="no checkpoint: random weights of a named shape (Llama-3.1-8B, ...) or of a config.json")
-    p.add_argument("--prompt", help="text to continue; with --random_weights, a number of synthetic tokens (default 5)")
+    p.add_argument("--prompt", action="append", help="text to continue; with --random_weights, a number of synthetic "
+                                                     "tokens (default 5). Several of them make a batch")
+    p.add_argument("--prompts_file", metavar="FILE", help="a prompt a line; FILE.jsonl: a JSON document a line, with "
+                                                          '"prompt" and perhaps "id" and "max_new_tokens"')
+    p.add_argument("--batch_size", type=int, metavar="N",
+                   help=f"texts at a time, of several (default: all of them, at most {prompts.ROWS})")
+    p.add_argument("--output", metavar="FILE", help="texts of a batch as JSON lines into a new file, as each ends")
     p.add_argument("--interactive", action="store_true", help="chat; /reset forgets, Ctrl-C stops a reply, Ctrl-D ends")
     p.add_argument("--num_samples", type=int, default=1, help="texts to generate (default %(default)s)")
     p.add_argument("--max_new_tokens", type=int, default=200, help="default %(default)s")
@@ -220,24 +230,20 @@ def parser() -> Parser:
     return p
 
 
-def load(args) -> tuple[Transformer, Tokenizer | None, list[int]]:
-    """What the options ask for: model, tokenizer, prompt ids."""
+def name_of(args) -> str:
+    return args.random_weights or args.checkpoint_path or "demo"
+
+
+def load(args) -> tuple[Transformer, Tokenizer | None]:
+    """What the options ask for."""
     if args.random_weights is None:
-        model, tokenizer = load_model(args.checkpoint_path or DEMO, args.device, args.dtype, args.quantize,
-                                      args.cache_packed, args.draft == "mtp")
-        prompt = DEMO_PROMPT if args.prompt is None else args.prompt
-        if not prompt:
-            raise UserError("the prompt is empty; give some text with --prompt")
-        return model, tokenizer, tokenizer.encode(prompt)
+        return load_model(args.checkpoint_path or DEMO, args.device, args.dtype, args.quantize, args.cache_packed,
+                          args.draft == "mtp")
     for name in ("checkpoint_path", "cache_packed"):
         if getattr(args, name):
             raise UserError(f"--random_weights and --{name} were both given; give one of them")
-    if not (args.prompt or "5").isdecimal():
-        raise UserError(f"--prompt is {args.prompt!r}; with --random_weights it is a number of synthetic tokens")
     model = load_random(args.random_weights, args.device, args.dtype, args.seed, args.quantize, args.draft == "mtp")
-    generator = torch.Generator().manual_seed(args.seed)
-    count = int(args.prompt or "5")
-    return model, None, torch.randint(model.config.vocab_size, (count,), generator=generator).tolist()
+    return model, None
 
 
 def speculate(args, model: Transformer, tokenizer: Tokenizer | None) -> Speculation | None:
@@ -255,18 +261,19 @@ def speculate(args, model: Transformer, tokenizer: Tokenizer | None) -> Speculat
     return load_speculation(args.draft, model, tokenizer, length, args.synthetic_acceptance, args.quantize)
 
 
-def compile_steps(args, model: Transformer, sampling: Sampling, length: int = 2,
-                  speculation: Speculation | None = None) -> tuple[Steps, float]:
-    """Compile and warm up, so that no prompt of `length` tokens pays for it; the steps and the seconds it took."""
+def compile_steps(args, model: Transformer, warm: Callable[[Steps, int], None],
+                  lengths: Sequence[int] = (2,)) -> tuple[Steps, float]:
+    """Compile, and `warm` up with calls of every size that prompts of such lengths meet, so that none pays for it; the
+    steps and the seconds it took."""
     if not (args.compile or args.compile_prefill):
         return Steps(), 0.0
     if missing := machine.missing_for_compilation(model.device):
         print(f"note: --compile needs {missing}, not found here; running uncompiled, slower", file=sys.stderr)
         return Steps(), 0.0
     start, steps = time.perf_counter(), compiled_steps(model.device, args.compile_prefill)
-    sizes = {c.stop - c.start for c in chunks(0, length, model.block)} if model.block else set()
+    sizes = {c.stop - c.start for n in lengths for c in chunks(0, n, model.block)} if model.block else set()
     for size in {2, 1, *sizes} if args.compile_prefill else {2}:
-        warm_up(model, steps, sampling, size, speculation)
+        warm(steps, size)
     machine.synchronize(model.device)
     return steps, time.perf_counter() - start
 
@@ -300,7 +307,7 @@ def talk(args, model: Transformer, tokenizer: Tokenizer, sampling: Sampling) -> 
     speculation = speculate(args, model, tokenizer)
     spare = speculation.spare if speculation else 0
     chat.setup(model, spare)
-    steps, _ = compile_steps(args, model, sampling, speculation=speculation)
+    steps, _ = compile_steps(args, model, lambda steps, size: warm_up(model, steps, sampling, size, speculation))
 
     def reply(turn: int, prompt: list[int], max_new_tokens: int, cached: int) -> Sample:
         sample = run_sample(model, tokenizer, prompt, write_text, echo=False, max_new_tokens=max_new_tokens,
@@ -330,21 +337,27 @@ def run(args) -> int:
         raise UserError("--stop is some text, and random weights write none; give it with a checkpoint, and not empty")
     if args.num_samples < 1:
         raise UserError(f"--num_samples is {args.num_samples}; it must be at least 1")
-    for name in ("prompt", "random_weights", "num_samples", "profile", "json") if args.interactive else ():
+    for name in ("prompt", "prompts_file", "batch_size", "output", "random_weights", "num_samples", "profile",
+                 "json") if args.interactive else ():
         if getattr(args, name) != parser().get_default(name):
             raise UserError(f"--{name} does not go with --interactive; leave one of them out")
     if args.profile and (Path(args.profile).is_dir() or not Path(args.profile).absolute().parent.is_dir()):
         raise UserError(f"--profile {args.profile}: no such folder, or it is one; a file is expected")
+    asked = prompts.collect(args, DEMO_PROMPT)
     sys.stdout.reconfigure(errors="replace")
     torch.set_num_threads(machine.choose_threads(args.threads))
     start = time.perf_counter()
-    model, tokenizer, prompt = load(args)
+    model, tokenizer = load(args)
     if args.interactive:
         return talk(args, model, tokenizer, sampling)
-    speculation = speculate(args, model, tokenizer)
+    ids = prompts.encode(args, model, tokenizer, asked)
+    if prompts.several(args):
+        return run_batch(args, model, tokenizer, sampling, asked, ids, time.perf_counter() - start)
+    speculation, prompt = speculate(args, model, tokenizer), ids[0]
     load_s = time.perf_counter() - start
     prepare(model, [prompt], args.max_new_tokens, speculation, sampling)  # compiled steps depend on the caches' size
-    steps, compile_s = compile_steps(args, model, sampling, len(prompt), speculation)
+    steps, compile_s = compile_steps(
+        args, model, lambda steps, size: warm_up(model, steps, sampling, size, speculation), [len(prompt)])
     options = dict(max_new_tokens=args.max_new_tokens, sampling=sampling, steps=steps, speculation=speculation)
     samples = []
     for i in range(args.num_samples):
@@ -354,37 +367,26 @@ def run(args) -> int:
         if samples[-1].stop == "interrupt":
             break
     if world.rank == 0:
-        report(args, model, samples, load_s, compile_s)
+        report(name_of(args), model, samples, load_s, compile_s, args.json)
     if args.profile and samples[-1].stop != "interrupt":
         profile(args.profile, model, prompt, seed=args.seed, **options)
     return 130 if samples[-1].stop == "interrupt" else 0
 
 
-def report(args, model: Transformer, samples: list[Sample], load_s: float, compile_s: float) -> None:
-    """Numbers to stderr, and with --json to the last line of stdout."""
-    peak = machine.peak_memory(model.device)  # before the bandwidth probe, which needs memory of its own
-    bandwidth = machine.read_bandwidth(model.device)
-    alone = world.local_size == 1 or model.device.type != "cpu"  # ranks of a CPU share what one was probed for
-    for measured in samples:
-        if measured.gb_s is not None and alone:
-            measured.bandwidth_pct = 100 * measured.gb_s * 1e9 / bandwidth
-    name, dtype = args.random_weights or args.checkpoint_path or "demo", str(model.dtype).removeprefix("torch.")
-    cached = f" ({machine.compile_cache_state()} cache)" if compile_s else ""
-    threads = torch.get_num_threads()
-    dtype_shown = f"{dtype}, {model.config.quantization}" if model.config.quantization else dtype
-    rank = f"; rank 0 of {world.size}" if world.size > 1 else ""
-    print(f"{name}, {dtype_shown}, on {machine.device_name(model.device)} ({model.device}, {threads} threads, "
-          f"torch {torch.__version__}{rank})\nload {load_s:.2f} s, compile {compile_s:.2f} s{cached}, "
-          f"peak memory {(peak or 0) / 1e9:.2f} GB, read bandwidth {bandwidth / 1e9:.1f} GB/s", file=sys.stderr)
-    for measured in samples:
-        print(describe(measured), file=sys.stderr)
-    if args.json:
-        print(json.dumps({
-            "model": name, "device": str(model.device), "dtype": dtype,
-            "quantization": str(model.config.quantization) if model.config.quantization else None,
-            "torch": torch.__version__, "threads": threads, "ranks": world.size,
-            "load_s": load_s, "compile_s": compile_s, "peak_memory_bytes": peak, "bandwidth_gb_s": bandwidth / 1e9,
-            "samples": [dataclasses.asdict(s) for s in samples]}))
+def run_batch(args, model: Transformer, tokenizer: Tokenizer | None, sampling: Sampling, asked: Sequence[Prompt],
+              ids: Sequence[list[int]], load_s: float) -> int:
+    """Several prompts at a time, each --num_samples times."""
+    asked, ids = ([x for x in each for _ in range(args.num_samples)] for each in (asked, ids))
+    wanted = prompts.requests(args, model, tokenizer, asked, ids)
+    rows = args.batch_size or min(len(wanted), prompts.ROWS)
+    length = max(len(request.prompt) + request.max_new_tokens for request in wanted)
+    warm = functools.partial(prompts.warm_up, model, rows, length, sampling)
+    steps, compile_s = compile_steps(args, model, warm, list(map(len, ids)))
+    batch = Batch(model, rows, length, sampling, steps, args.seed)
+    samples, whole = prompts.run(batch, tokenizer, asked, wanted, args.output, write_text, args.stop)
+    if world.rank == 0:
+        report(name_of(args), model, samples, load_s, compile_s, args.json, whole)
+    return 130 if whole["interrupted"] else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,15 @@
-"""The numbers of a run: times of tokens to rates, and rates to bytes over the machine's bandwidth."""
+"""The numbers of a run: times of tokens to rates, rates to bytes over the machine's bandwidth, and who is told."""
+import dataclasses
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
+import device as machine
+from collectives import world
 from model import Transformer
 
 
@@ -21,6 +30,7 @@ class Sample:
     speculation: dict | None = None
     logprobs: list[dict] | None = None  # of each token: its own, and the likeliest ids with theirs
     sums_pct: float | None = None  # of decoding, spent in sums over ranks and waiting for them; where it is known
+    index: int | None = None  # among several texts of one batch
 
 
 def measure(model: Transformer, prompt: list[int], tokens: list[int], text: str, stop: str, start: float,
@@ -75,3 +85,39 @@ def describe_speculation(s: dict) -> str:
     even = s["break_even_acceptance"]
     return (f"{text}, {s['plain_steps']} plain steps of {s['plain_ms']:.2f} ms; worth it "
             f"{'at no acceptance' if even is None else f'from {100 * even:.0f} % on'}")
+
+
+def describe_batch(samples: Sequence[Sample], whole: dict) -> str:
+    """The numbers of a batch, for people."""
+    stops = ", ".join(f"{n} {stop}" for stop, n in sorted(Counter(sample.stop for sample in samples).items()))
+    left = whole["texts"] - whole["ended"]
+    text = (f"{whole['ended']} texts through {whole['rows']} rows ({stops or 'none'}): {whole['new_tokens']} new "
+            f"tokens in {whole['seconds']:.2f} s, {whole['tok_s']:.1f} tok/s together")
+    return f"{text}; {left} not finished" if left else text
+
+
+def report(name: str, model: Transformer, samples: Sequence[Sample], load_s: float, compile_s: float,
+           as_json: bool = False, whole: dict | None = None) -> None:
+    """Numbers to stderr, and `as_json` to the last line of stdout; `whole`: those of a batch."""
+    peak = machine.peak_memory(model.device)  # before the bandwidth probe, which needs memory of its own
+    bandwidth = machine.read_bandwidth(model.device)
+    alone = world.local_size == 1 or model.device.type != "cpu"  # ranks of a CPU share what one was probed for
+    for measured in samples:
+        if measured.gb_s is not None and alone:
+            measured.bandwidth_pct = 100 * measured.gb_s * 1e9 / bandwidth
+    dtype, threads = str(model.dtype).removeprefix("torch."), torch.get_num_threads()
+    cached = f" ({machine.compile_cache_state()} cache)" if compile_s else ""
+    dtype_shown = f"{dtype}, {model.config.quantization}" if model.config.quantization else dtype
+    rank = f"; rank 0 of {world.size}" if world.size > 1 else ""
+    print(f"{name}, {dtype_shown}, on {machine.device_name(model.device)} ({model.device}, {threads} threads, "
+          f"torch {torch.__version__}{rank})\nload {load_s:.2f} s, compile {compile_s:.2f} s{cached}, "
+          f"peak memory {(peak or 0) / 1e9:.2f} GB, read bandwidth {bandwidth / 1e9:.1f} GB/s", file=sys.stderr)
+    for line in [describe_batch(samples, whole)] if whole else map(describe, samples):
+        print(line, file=sys.stderr)
+    if as_json:
+        print(json.dumps({
+            "model": name, "device": str(model.device), "dtype": dtype,
+            "quantization": str(model.config.quantization) if model.config.quantization else None,
+            "torch": torch.__version__, "threads": threads, "ranks": world.size,
+            "load_s": load_s, "compile_s": compile_s, "peak_memory_bytes": peak, "bandwidth_gb_s": bandwidth / 1e9,
+            "samples": [dataclasses.asdict(s) for s in samples]} | ({"batch": whole} if whole else {})))

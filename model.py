@@ -66,6 +66,11 @@ class KVCache(nn.Module):
         """Whether the next call may start n positions before the end of the last one."""
         return n <= self.rewindable
 
+    def adopt(self, row: int, other: "KVCache", length: int) -> None:
+        """Make the text of `length` positions in `other`, a cache of one row and else like this, the text of `row`."""
+        self.k[row, :, :length].copy_(other.k[0, :, :length])
+        self.v[row, :, :length].copy_(other.v[0, :, :length])
+
     def reset(self) -> None:
         self.k.zero_(), self.v.zero_()
 
@@ -304,6 +309,15 @@ class Transformer(nn.Module):
             mixer.setup_cache(batch, length, rewind, self.dtype, self.device)
         self.text = torch.zeros(batch, length, dtype=torch.int64, device=self.device) if rewind else None
         self.cache_size = (batch, length, rewind)
+
+    def spare_caches(self) -> list[nn.Module]:
+        """Caches of one row, and else like those in place: one for each of `mixers`, of which it may become `cache`."""
+        spare, own = [], [mixer.cache for mixer in self.mixers]
+        for mixer, cache in zip(self.mixers, own, strict=True):
+            mixer.setup_cache(1, *self.cache_size[1:], self.dtype, self.device)
+            spare.append(mixer.cache)
+            mixer.cache = cache
+        return spare
 
     def rewind(self, n: int) -> bool:
         """Whether the next call may start n positions before the end of the last one; if not, start again at 0."""

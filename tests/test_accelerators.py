@@ -21,6 +21,7 @@ from tiny_models import FAMILIES, load, reference_model, run
 import device as machine
 import generate as g
 import ops
+from batch import Request, generate_batch
 from decoding import Steps, compiled_steps, generate, generate_rows
 from ops import reference
 
@@ -173,6 +174,18 @@ def test_a_batch_row_is_the_row_alone(device):
     alone = [list(generate(model, prompt, 30, GREEDY)) for prompt in prompts]
     rows = list(generate_rows(model, prompts, 30, GREEDY, steps=compiled_steps(model.device)))
     assert [[token for row in rows if (token := row[i]) is not None] for i in range(3)] == alone
+
+
+def test_different_prompts_in_a_batch_are_each_what_they_are_alone(device):
+    """Through fewer rows than prompts, with a compiled step, each to its own end."""
+    model, tokenizer = g.load_model(DEMO, device, "fp32")
+    prompts = [tokenizer.encode(text) for text in (PROMPT, "class A:\n", "def f(x, y):\n    return", "#", "x = " * 300)]
+    requests = [Request(prompt, 10 + 7 * i) for i, prompt in enumerate(prompts)]
+    alone = [list(generate(model, r.prompt, r.max_new_tokens, GREEDY)) for r in requests]
+    together: list[list[int]] = [[] for _ in requests]
+    for number, token, _ in generate_batch(model, requests, 2, GREEDY, steps=compiled_steps(model.device)):
+        together[number].append(token)
+    assert together == alone
 
 
 # -- the command, memory, and what may not wait -----------------------------------------------------------------------

@@ -274,6 +274,17 @@ def test_a_chat_is_told_to_all_ranks():
     assert [code for code, *_ in ended] == [0, 0] and ended[1][1:] == ("", "") and "5 new" in ended[0][2], ended
 
 
+def test_ranks_share_a_batch_and_one_writes(tmp_path):
+    options = ("generate.py", "--device", "cpu", "--temperature", "0", "--max_new_tokens", "9", "--dtype", "fp32",
+               *(x for prompt in ("import os", "a", "class A:\n") for x in ("--prompt", prompt)), "--batch_size", "2")
+    ended = end(start(2, *options))
+    assert [code for code, *_ in ended] == [0, 0] and ended[1][1:] == ("", ""), ended
+    alone = subprocess.run([sys.executable, *options], cwd=ROOT, capture_output=True, text=True)
+    assert ended[0][1] == alone.stdout and alone.stdout.count("==>") == 3
+    ended = end(start(2, *options, "--output", str(tmp_path / "out")))
+    assert [code for code, *_ in ended] == [0, 0] and len((tmp_path / "out").read_text().splitlines()) == 3
+
+
 def test_two_nodes_with_an_agent_each_are_one_job(tmp_path):
     at = str(port())
     agents = [subprocess.Popen([

@@ -1,0 +1,222 @@
+"""Different prompts in one batch: a decode step of fixed size, whose rows are taken by texts as others end.
+
+    for number, token, stop in generate_batch(model, [Request(prompt, 50) for prompt in prompts], rows=4):
+        ...
+
+Weights are read once a step for all rows. Each row has a position of its own, so prompts may have any lengths and
+texts end when they do; nothing is padded. A prompt is read alone, into caches of one row, and then moves into a free
+row of the model's. So no step changes its shape, no row sees another's tokens, and a long prompt is read in chunks
+between the steps of the others. A free row stands at position 0, where it sees nothing and hurts nothing.
+"""
+import contextlib
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import device as machine
+from decoding import PREFILL_CHUNK, Steps, blame, check, chunks, roomy
+from errors import UserError
+from model import Transformer
+from sampling import Sampling, scored
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to be continued by `max_new_tokens`, or up to a stop id, that included."""
+    prompt: Sequence[int]
+    max_new_tokens: int = 200
+    stop_ids: frozenset[int] = frozenset()
+
+
+class Event(NamedTuple):
+    """A token of a request. `stop` is None, or with its last token the reason: stop_id or length."""
+    number: int
+    token: int
+    stop: str | None
+
+
+@dataclass(eq=False)
+class Text:
+    """A request on its way."""
+    number: int
+    request: Request
+    issued: int = 0  # tokens that the device has been told to make
+    known: int = 0  # of these, read by the host
+    ended: bool = False
+    pieces: Iterator[slice] = field(default_factory=lambda: iter(()))  # of its prompt, those not read yet
+
+
+@contextlib.contextmanager
+def replaced(model: Transformer, caches: list[nn.Module], text: Tensor | None) -> Iterator[None]:
+    """Within it, the model's mixers have these caches, and it this text."""
+    own, its = [mixer.cache for mixer in model.mixers], model.text
+    try:
+        for mixer, cache in zip(model.mixers, caches, strict=True):
+            mixer.cache = cache
+        model.text = text
+        yield
+    finally:
+        for mixer, cache in zip(model.mixers, own, strict=True):
+            mixer.cache = cache
+        model.text = its
+
+
+class Batch:
+    """`rows` texts at a time of at most `length` positions each, prompt and new tokens together; more wait.
+
+    The model's caches are the batch's as long as it is in use. One `sampling` serves all; at temperature 0 a text is
+    what its prompt gives alone, in float32 token for token. Above 0 all rows are drawn in one call from one generator,
+    which `seed` sets: the same requests give the same texts again, but a text depends on what is in the batch with it.
+    Raises UserError for sizes that cannot be.
+    """
+
+    def __init__(self, model: Transformer, rows: int, length: int, sampling: Sampling = Sampling(),
+                 steps: Steps = Steps(), seed: int | None = None) -> None:
+        if rows < 1:
+            raise UserError(f"the batch has {rows} rows; it must have at least 1")
+        if length > model.config.max_seq_len:
+            raise UserError(f"texts of {length} positions; the model has {model.config.max_seq_len}")
+        if model.cache_size[0] != rows or model.cache_length < length:
+            length = roomy(model, length)
+            machine.require_memory((rows + 1) * model.cache_bytes(length), model.device)
+        model.setup_caches(rows, length, int(sampling.remembers))
+        self.model, self.steps, self.sizes = model, steps, model.cache_size
+        self.sampling = sampling
+        self.arguments = sampling.arguments(model.config.vocab_size, model.device) | \
+            sampling.more_arguments([0] * rows, model.device)
+        self.entrance = model.spare_caches()  # where prompts are read
+        self.entrance_text = None if model.text is None else torch.zeros_like(model.text[:1])
+        self.waiting: deque[Text] = deque()
+        self.entering: Text | None = None  # whose prompt is being read
+        self.rows: list[Text | None] = [None] * rows
+        self.token, self.position, self.taken = (torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
+                                                 for _ in range(3))
+        self.numbers = itertools.count()
+        if seed is not None:
+            torch.manual_seed(seed)
+
+    def add(self, request: Request) -> int:
+        """Let a request wait for a row; its number, counted from 0. At any time, also between events."""
+        check(self.model, request.prompt, request.max_new_tokens)
+        length = len(request.prompt) + request.max_new_tokens
+        if length > self.model.cache_length:
+            raise UserError(f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones need "
+                            f"{length} positions; a row of this batch has {self.model.cache_length}")
+        pieces = chunks(0, len(request.prompt), self.model.block)
+        self.waiting.append(Text(next(self.numbers), request, pieces=pieces))
+        return self.waiting[-1].number
+
+    def end(self, number: int) -> None:
+        """Give a request up, wherever it is: no event of it comes any more. One that has ended is no mistake."""
+        for text in (*self.waiting, self.entering, *self.rows):
+            if text and text.number == number:
+                self._end(text)
+
+    def events(self) -> Iterator[Event]:
+        """Every token as it becomes known, until no request is left; call it again after further ones. To be read to
+        its end: what a GPU has made ahead of the host would be lost. Raises UserError for logits that are not finite.
+        """
+        assert self.model.cache_size is self.sizes, (self.model.cache_size, self.sizes)  # taken from the batch
+        told: deque[list[Text | None]] = deque()  # whose tokens are in each result
+        for flat in machine.read_late(self._results(told), self.model.device):
+            texts = told.popleft()
+            width = len(flat) // len(texts)  # above 1 with logprobs
+            tokens = flat if self.sampling.logprobs is None else \
+                [scored(flat[i:i + width]) for i in range(0, len(flat), width)]
+            for text, token in zip(texts, tokens, strict=True):
+                if text is None or text.ended:  # a free row, or tokens made before the end of a text was known
+                    continue
+                if token < 0:
+                    raise UserError(f"the logits are not finite: {blame(self.model)}")
+                text.known += 1
+                stop = "stop_id" if token in text.request.stop_ids else \
+                    "length" if text.known == text.request.max_new_tokens else None
+                if stop:
+                    self._end(text)
+                yield Event(text.number, token, stop)
+
+    @torch.no_grad()
+    def _results(self, told: deque) -> Iterator[Tensor]:
+        """The device side: tokens [1, 1] behind a prompt and [rows, 1] of a step, or what `score` makes of them; in
+        `told` whose they are."""
+        while self.waiting or self.entering or any(self.rows):
+            yield from self._enter(told)
+            if not any(self.rows):
+                continue
+            token, position, *scores = self.steps.decode(self.model, self.token, self.position, self.arguments)
+            self.token, self.position = token.clone(), position * self.taken  # copies: a CUDA graph's are overwritten
+            told.append(list(self.rows))
+            for text in filter(None, told[-1]):
+                self._issued(text)
+            yield scores[0].clone() if scores else self.token
+
+    def _enter(self, told: deque) -> Iterator[Tensor]:
+        """Read prompts into free rows, but no more than a chunk's tokens or so: the others wait for it."""
+        read = 0
+        while read < PREFILL_CHUNK and (text := self._next()):
+            chunk = next(text.pieces)
+            ids = torch.tensor([text.request.prompt[chunk]], device=self.model.device)
+            positions = torch.arange(chunk.start, chunk.stop, device=self.model.device)[None]
+            own = self.sampling.more_arguments([len(text.request.prompt)], self.model.device)
+            with replaced(self.model, self.entrance, self.entrance_text):
+                token, position, *scores = self.steps.prefill(self.model, ids, positions, self.arguments | own)
+            read += ids.shape[1]
+            if chunk.stop < len(text.request.prompt):
+                continue
+            self.entering, row = None, self.rows.index(None)
+            for mixer, cache in zip(self.model.mixers, self.entrance, strict=True):
+                mixer.cache.adopt(row, cache, chunk.stop)
+            if self.model.text is not None:
+                self.model.text[row] = self.entrance_text[0]
+            if self.sampling.remembers:
+                self.arguments["starts"][row] = chunk.stop
+            self.rows[row] = text
+            self.token[row], self.position[row], self.taken[row] = token[0], position[0], 1
+            told.append([text])
+            self._issued(text)
+            yield scores[0] if scores else token
+
+    def _next(self) -> Text | None:
+        """The text whose prompt is to be read on, if there is one and a row for it."""
+        if self.entering is None and self.waiting and None in self.rows:
+            self.entering = self.waiting.popleft()
+        return self.entering
+
+    def _issued(self, text: Text) -> None:
+        """A token more is being made; behind the last one, the row is free before anybody has seen it."""
+        text.issued += 1
+        if text.issued == text.request.max_new_tokens:
+            self._leave(text)
+
+    def _end(self, text: Text) -> None:
+        text.ended = True
+        self._leave(text)
+
+    def _leave(self, text: Text) -> None:
+        if text in self.rows:
+            row = self.rows.index(text)
+            self.rows[row], self.position[row], self.taken[row] = None, 0, 0
+        elif text is self.entering:
+            self.entering = None
+        elif text in self.waiting:
+            self.waiting.remove(text)
+
+
+def generate_batch(model: Transformer, requests: Sequence[Request], rows: int, sampling: Sampling = Sampling(),
+                   seed: int | None = None, steps: Steps = Steps()) -> Iterator[Event]:
+    """The tokens of all requests, each with its request's index, as they come; `rows` texts at a time, see `Batch`.
+
+    Raises UserError before the first token for a request that cannot be.
+    """
+    for request in requests:
+        check(model, request.prompt, request.max_new_tokens)
+    length = max((len(request.prompt) + request.max_new_tokens for request in requests), default=1)
+    batch = Batch(model, rows, length, sampling, steps, seed)
+    for request in requests:
+        batch.add(request)
+    return batch.events()
