@@ -35,6 +35,12 @@ def pytest_addoption(parser) -> None:
     parser.addoption("--accelerator", help="a device for tests/test_accelerators.py although it is none: cpu")
 
 
+def pytest_configure(config) -> None:
+    """Of several processes (pytest -n) each has its share of the cores; two threads on one core wait for each other."""
+    if workers := getattr(config, "workerinput", {}).get("workercount"):
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
 class Folder:
     """A tiny checkpoint folder whose parts a test can break."""
 

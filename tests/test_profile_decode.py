@@ -15,7 +15,7 @@ import decoding
 from generate import load_model, load_random
 from scripts import profile_decode as p
 
-GREEDY = dict(temperature=None, top_k=None, top_p=None)
+GREEDY = dict(temperature=None, top_k=None, top_p=None, min_p=None)
 
 
 @pytest.fixture(params=FAMILIES)
