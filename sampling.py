@@ -172,7 +172,7 @@ def score(logits: Tensor, token: Tensor, alternatives: int) -> Tensor:
     """For logits [B, V] and the tokens [B, 1] that were chosen: [B, 2 + 2 n] int64, the token, the likeliest n ids, and
     the bits of all their logarithms."""
     logprobs = logits.float().log_softmax(-1)
-    values, ids = logprobs.topk(alternatives)
+    values, ids = logprobs.topk(min(alternatives, logits.shape[-1]))
     own = logprobs.gather(1, token.clamp_min(0))
     return torch.cat([token, ids, torch.cat([own, values], 1).view(torch.int32).long()], 1)
 

@@ -2,8 +2,8 @@
 
 Not yet run on a GPU: the arithmetic is tested on a CPU through Triton's interpreter, the PTX by working it out
 (tests/test_cuda_ops.py), and what is said of instructions was counted in the machine code that Triton makes for an
-H100 or H200 (2.4 to 2.9 for a weight and one row of x; reading int4 at 4.3 TB/s leaves time for 4.4). The weights are
-read as they lie on disk (ops/__init__.py), each byte once for all rows of x.
+H100 or H200: 2.4 to 2.8 for an int4 weight and one row of x, 2.9 to 3.4 for int8, where reading at 4.3 TB/s leaves
+time for 4.4 and 7.8. The weights are read as they lie on disk (ops/__init__.py), each byte once for all rows of x.
 Glossary: N, n rows of x with an expert each, M rows of x that share a matrix, g columns to a scale.
 """
 import functools
@@ -73,7 +73,8 @@ LOW, HIGH = "and.b32 n, $2, 0x0f0f0f0f;", "shr.u32 n, $2, 4; and.b32 n, n, 0x0f0
 LOW_BF16, HIGH_BF16 = (unpacking("bf16", half, "0xc308c308") for half in (LOW, HIGH))  # -136
 LOW_FP16, HIGH_FP16 = (unpacking("f16", half, "0xe408e408") for half in (LOW, HIGH))  # -1032
 BYTE_FP16 = unpacking("f16", "xor.b32 n, $2, 0x80808080;", "0xe480e480")  # -1152
-BYTE_BF16 = tl.constexpr("""{ .reg .b32 pair, one, less;  // the eighth bit, the sign, makes of -128 one of -256
+# The eighth bit, the sign, has no room in bfloat16: it makes of -128 that is added one of -256.
+BYTE_BF16 = tl.constexpr("""{ .reg .b32 pair, one, less;
     mov.b32 one, 0x3f803f80;
     prmt.b32 pair, $2, 0, 0x4140; lop3.b32 less, pair, 0x00800080, 0xc300c300, 0xea;
     lop3.b32 pair, pair, 0x007f007f, 0x43004300, 0xea; fma.rn.bf16x2 $0, pair, one, less;

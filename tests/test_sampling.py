@@ -137,7 +137,7 @@ def test_penalties_are_what_the_text_up_to_each_place_makes_them(first, size):
 def test_a_score_survives_its_way_as_whole_numbers():
     logits = torch.randn(3, 50) * 5
     token = torch.randint(50, (3, 1))
-    for n in (0, 4):
+    for n in (0, 4, 60):  # the last: more than there are
         for row, one, chosen in zip(score(logits, token, n).tolist(), logits.double(), token.flatten(), strict=True):
             found, truth = scored(row), one.log_softmax(-1)
             assert found == chosen and abs(found.logprob - truth[chosen].item()) < 1e-5
