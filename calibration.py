@@ -54,7 +54,7 @@ class Calibration:
         """(name, weight, scale) of each matrix of the i-th layer; layers are to be asked for in order."""
         layer, prefix = self.model.layers[i], f"layers.{i}."
         load_module(self.model, prefix, self.checkpoint, self.found, self.device, torch.float32)
-        layer.attention.setup_cache(1, self.x.shape[1], 0, torch.float32, self.device)
+        layer.attention.setup_cache(1, self.x.shape[1], 0, torch.float32, torch.float32, self.device)
         mine = {f"{prefix}{name}": module for name, module in layer.named_modules() if f"{prefix}{name}" in self.groups}
         with hessians(mine) as sums:
             self.run(layer)

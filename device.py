@@ -64,6 +64,13 @@ def choose_dtype(name: str, checkpoint: str, device: torch.device) -> torch.dtyp
     return dtype
 
 
+def choose_kv_dtype(name: str) -> torch.dtype | None:
+    """Of keys and values; None: as activations, whatever those are."""
+    if name not in ("auto", "int8"):
+        raise UserError(f"unknown kv_dtype {name!r}; allowed: auto (as activations), int8")
+    return torch.int8 if name == "int8" else None
+
+
 def device_name(device: torch.device) -> str:
     """A CPU's with its vectors, "AMD EPYC with AVX512": one name stands for machines that differ by half in speed."""
     if device.type == "cuda":

@@ -214,6 +214,7 @@ def parser() -> Parser:
     p.add_argument("--compile_prefill", action="store_true", help="compile prefill too (implies --compile)")
     p.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default %(default)s)")
     p.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bf16, fp16 or fp32 (default %(default)s)")
+    p.add_argument("--kv_dtype", default="auto", help="of keys and values: auto (as activations) or int8")
     p.add_argument("--threads", type=int, help="on a CPU (default: one for each core)")
     p.add_argument("--quantize", metavar="MODE", help=f"round weights while loading: {', '.join(Quantization.MODES)}")
     p.add_argument("--draft", "--draft_checkpoint_path", metavar="DRAFT",
@@ -236,13 +237,17 @@ def name_of(args) -> str:
 
 def load(args) -> tuple[Transformer, Tokenizer | None]:
     """What the options ask for."""
+    kv_dtype = machine.choose_kv_dtype(args.kv_dtype)
     if args.random_weights is None:
-        return load_model(args.checkpoint_path or DEMO, args.device, args.dtype, args.quantize, args.cache_packed,
-                          args.draft == "mtp")
+        model, tokenizer = load_model(args.checkpoint_path or DEMO, args.device, args.dtype, args.quantize,
+                                      args.cache_packed, args.draft == "mtp")
+        model.kv_dtype = kv_dtype
+        return model, tokenizer
     for name in ("checkpoint_path", "cache_packed"):
         if getattr(args, name):
             raise UserError(f"--random_weights and --{name} were both given; give one of them")
     model = load_random(args.random_weights, args.device, args.dtype, args.seed, args.quantize, args.draft == "mtp")
+    model.kv_dtype = kv_dtype
     return model, None
 
 

@@ -131,13 +131,14 @@ class GatedDeltaNet(nn.Module):
         self.wo = Linear(values, dim)
         self.cache: RecurrentState | None = None
 
-    def setup_cache(self, batch: int, length: int, rewind: int, dtype: torch.dtype, device: torch.device) -> None:
+    def setup_cache(self, batch: int, length: int, rewind: int, dtype: torch.dtype, kv_dtype: torch.dtype,
+                    device: torch.device) -> None:
         self.cache = RecurrentState(self.config, batch, rewind, dtype, device)
 
-    def cache_bytes(self, positions: float, itemsize: int) -> float:
+    def cache_bytes(self, positions: float, dtype: torch.dtype, kv_dtype: torch.dtype) -> float:
         """Bytes of one row's memory that a token reads, whatever its position; it writes as many again."""
         c = self.config
-        return (c.conv_kernel - 1) * conv_width(c) * itemsize + c.n_v_heads * c.k_dim * c.v_dim * 4
+        return (c.conv_kernel - 1) * conv_width(c) * dtype.itemsize + c.n_v_heads * c.k_dim * c.v_dim * 4
 
     def prepare(self, positions: Tensor) -> Tensor:
         return positions

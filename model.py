@@ -15,65 +15,11 @@ from torch import Tensor, nn
 
 import ops
 from config import AttentionConfig, DeltaNetConfig, ModelConfig
+from kv_cache import KVCache
 from layers import Embedding, ExpertLinear, Linear, RMSNorm, normalize, rope_frequencies, rotate
 from linear_attention import GatedDeltaNet
 
 # -- attention --------------------------------------------------------------------------------------------------------
-
-class KVCache(nn.Module):
-    """Keys and values of past positions in static buffers [B, K, L, E], written in place; position p in slot p % L.
-
-    L is the longest text, or with a window only that and `rewind` more: a call may start so many positions before the
-    end of the last one. Nothing has to move for that, the positions of a call tell what the slots hold.
-    """
-
-    def __init__(self, config: AttentionConfig, batch: int, length: int, rewind: int, dtype: torch.dtype,
-                 device: torch.device) -> None:
-        super().__init__()
-        self.window = config.window if config.window and config.window < length else None
-        self.size = min(length, self.window + rewind) if self.window else length
-        self.rewindable = self.size - self.window if self.size < length else length
-        for name in ("k", "v"):
-            buffer = torch.zeros(batch, config.n_kv_heads, self.size, config.head_dim, dtype=dtype, device=device)
-            self.register_buffer(name, buffer, persistent=False)
-        self.register_buffer("rows", torch.arange(batch, device=device)[:, None], persistent=False)
-
-    def attended(self, positions: Tensor) -> ops.Attended:
-        """What a call at positions [B, S] looks at: the slots once it has written, or old ones beside the new keys."""
-        if self.window is None or positions.shape[1] <= self.size - self.window + 1:
-            return ops.attended(positions, self.size, self.window)
-        return ops.attended_beside(positions, self.size, self.window)
-
-    def update(self, where: ops.Attended, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, S, K, E] of a call; returns the keys and values it looks at, [B, K, n, E]."""
-        if where.beside is None:
-            slots = where.positions if self.window is None else where.positions % self.size
-            self.k[self.rows, :, slots] = k
-            self.v[self.rows, :, slots] = v
-            return self.k, self.v
-        return self.shift(self.k, where, k), self.shift(self.v, where, v)
-
-    def shift(self, buffer: Tensor, where: ops.Attended, new: Tensor) -> Tensor:
-        """The old window in order and `new` behind it, [B, K, W - 1 + S, E]; the end of that becomes the buffer's."""
-        seen = torch.cat([buffer[self.rows, :, where.beside], new], 1)  # [B, W - 1 + S, K, E]
-        slots = torch.arange(self.size, device=buffer.device)
-        held = ops.slot_positions(where.positions[:, -1:], slots, self.size)  # [B, L]
-        first = where.positions[:, :1] - where.beside.shape[1]
-        buffer.copy_(seen[self.rows, held - first].transpose(1, 2))
-        return seen.transpose(1, 2)
-
-    def rewind(self, n: int) -> bool:
-        """Whether the next call may start n positions before the end of the last one."""
-        return n <= self.rewindable
-
-    def adopt(self, row: int, other: "KVCache", length: int) -> None:
-        """Make the text of `length` positions in `other`, a cache of one row and else like this, the text of `row`."""
-        self.k[row, :, :length].copy_(other.k[0, :, :length])
-        self.v[row, :, :length].copy_(other.v[0, :, :length])
-
-    def reset(self) -> None:
-        self.k.zero_(), self.v.zero_()
-
 
 class Call(NamedTuple):
     """What all attention layers of a kind share in one call."""
@@ -100,13 +46,13 @@ class Attention(nn.Module):
             self.register_buffer("frequencies", rope_frequencies(config.rope), persistent=False)
         self.cache: KVCache | None = None
 
-    def setup_cache(self, batch: int, length: int, rewind: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.cache = KVCache(self.config, batch, length, rewind, dtype, device)
+    def setup_cache(self, batch: int, length: int, rewind: int, dtype: torch.dtype, kv_dtype: torch.dtype,
+                    device: torch.device) -> None:
+        self.cache = KVCache(self.config, batch, length, rewind, dtype, kv_dtype, device)
 
-    def cache_bytes(self, positions: float, itemsize: int) -> float:
+    def cache_bytes(self, positions: float, dtype: torch.dtype, kv_dtype: torch.dtype) -> float:
         """Bytes of keys and values that a row of so many positions holds, and that the token after them reads."""
-        c = self.config
-        return 2 * c.n_kv_heads * c.head_dim * itemsize * min(positions, c.window or positions)
+        return KVCache.bytes(self.config, positions, kv_dtype)
 
     def prepare(self, positions: Tensor) -> Call:  # [B, S]
         where = self.cache.attended(positions)
@@ -125,8 +71,8 @@ class Attention(nn.Module):
         v = normalize(v, self.norm_eps).to(x.dtype) if self.config.v_norm else v
         if call.cos is not None:
             q, k = rotate(q, call.cos, call.sin), rotate(k, call.cos, call.sin)
-        k, v = self.cache.update(call.where, k, v)
-        y = ops.attention(q, k, v, call.where, self.config.scale, self.sinks)  # [B, S, H, E]
+        q, (k, v, *scales) = self.cache.queries(q), self.cache.update(call.where, k, v)
+        y = ops.attention(q, k, v, call.where, self.config.scale, self.sinks, *scales)  # [B, S, H, E]
         if self.config.gated:
             y = y * gate.sigmoid()
         return self.wo(y.flatten(-2))
@@ -262,6 +208,7 @@ class Transformer(nn.Module):
         self.output = Linear(config.dim, config.vocab_size)
         self.mtp = MultiTokenHead(config) if config.mtp else None
         self.first = {kind: config.layer_types.index(kind) for kind in config.layer_types}  # a layer of each kind
+        self.kv_dtype: torch.dtype | None = None  # of keys and values; None: as activations
         self.cache_size = (0, 0, 0)  # batch, positions, rewind; a new object whenever there are new buffers
         self.register_buffer("text", None, persistent=False)  # [B, L], the token at each position
         self.settle(torch.float32)
@@ -293,6 +240,11 @@ class Transformer(nn.Module):
         return [block.attention for block in (*self.layers, *([self.mtp.block] if self.mtp else []))]
 
     @property
+    def cache_dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of what mixers keep, and of keys and values among it."""
+        return self.dtype, self.kv_dtype or self.dtype
+
+    @property
     def cache_length(self) -> int:
         return self.cache_size[1]
 
@@ -306,7 +258,7 @@ class Transformer(nn.Module):
         if have[0] == batch and have[1] >= length and have[2] >= rewind:
             return
         for mixer in self.mixers:
-            mixer.setup_cache(batch, length, rewind, self.dtype, self.device)
+            mixer.setup_cache(batch, length, rewind, *self.cache_dtypes, self.device)
         self.text = torch.zeros(batch, length, dtype=torch.int64, device=self.device) if rewind else None
         self.cache_size = (batch, length, rewind)
 
@@ -314,7 +266,7 @@ class Transformer(nn.Module):
         """Caches of one row, and else like those in place: one for each of `mixers`, of which it may become `cache`."""
         spare, own = [], [mixer.cache for mixer in self.mixers]
         for mixer, cache in zip(self.mixers, own, strict=True):
-            mixer.setup_cache(1, *self.cache_size[1:], self.dtype, self.device)
+            mixer.setup_cache(1, *self.cache_size[1:], *self.cache_dtypes, self.device)
             spare.append(mixer.cache)
             mixer.cache = cache
         return spare
@@ -385,5 +337,5 @@ class Transformer(nn.Module):
 
     def cache_bytes(self, positions: float) -> int:
         """Bytes of caches that a row of so many positions needs, and that the token after them reads."""
-        return int(sum(mixer.cache_bytes(positions, self.dtype.itemsize) for mixer in self.mixers))
+        return int(sum(mixer.cache_bytes(positions, *self.cache_dtypes) for mixer in self.mixers))
 

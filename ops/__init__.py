@@ -298,12 +298,18 @@ def attended_beside(positions: Tensor, size: int, window: int) -> Attended:
     return Attended(positions, window - 1 + positions.shape[1], mask[:, None, None], beside=old % size)
 
 
+def widened(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Keys or values [B, K, n, E]; of int8 with a scale each, [B, K, n], what they mean."""
+    return x if scale is None else (x * scale[..., None]).to(dtype)
+
+
 def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, where: Attended, scale: float | None = None,
-              sinks: Tensor | None = None) -> Tensor:
+              sinks: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> Tensor:
     """Attention of queries [B, S, H, E] over keys and values [B, K, L, E] -> [B, S, H, E]; scale None: E ** -0.5.
 
     The G query heads that share a kv head are folded into the rows of one matrix, so that keys and values are read
-    once and never expanded. `sinks` [H] float32: one more score for each head, that belongs to no value.
+    once and never expanded. `sinks` [H] float32: one more score for each head, that belongs to no value. Caches of int8
+    have a scale for each key and each value, [B, K, L] float32.
     """
     B, S, H, E = q.shape
     K = k_cache.shape[1]
@@ -313,9 +319,12 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, where: Attended, scal
     if sinks is not None:
         sinks = sinks.view(K, G, 1).expand(K, G, S).reshape(K, G * S)
     if where.span is None:
-        y = torch.ops.readonce.decode_attention(q, k_cache, v_cache, where.positions, scale, where.window or 0, sinks)
+        y = torch.ops.readonce.decode_attention(q, k_cache, v_cache, where.positions, scale, where.window or 0, sinks,
+                                                k_scale, v_scale)
     else:
-        k, v = k_cache.narrow(2, 0, where.span), v_cache.narrow(2, 0, where.span)  # [B, K, n, E]
+        k, v, k_scale, v_scale = (None if t is None else t.narrow(2, 0, where.span)
+                                  for t in (k_cache, v_cache, k_scale, v_scale))
+        k, v = widened(k, k_scale, q.dtype), widened(v, v_scale, q.dtype)  # [B, K, n, E]
         mask = where.mask
         if mask is not None:
             mask = mask.expand(B, 1, G, S, where.span).reshape(B, 1, G * S, where.span)
@@ -336,25 +345,27 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
 
 
 LIBRARY.define("decode_attention(Tensor q, Tensor k, Tensor v, Tensor positions, float scale, int window, "
-               "Tensor? sinks) -> Tensor")
+               "Tensor? sinks, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor")
 
 
 @torch.library.impl(LIBRARY, "decode_attention", "CompositeExplicitAutograd")
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int,
-                     sinks: Tensor | None) -> Tensor:
+                     sinks: Tensor | None, k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> Tensor:
     """Rows q [B, K, R, E] over whole caches [B, K, L, E]; row r stands at positions[:, r % S] -> [B, K, R, E].
 
-    Position p lives in slot p % L; window 0: none. Cost follows L; the devices' files have forms whose cost
-    follows the filled part.
+    Position p lives in slot p % L; window 0: none; caches of int8 have scales [B, K, L]. Cost follows L; the devices'
+    files have forms whose cost follows the filled part.
     """
     keys = slot_positions(positions[:, -1:], torch.arange(k.shape[2], device=q.device), k.shape[2])
     seen = visible(keys, positions, window or None)  # [B, S, L]
     groups = q.shape[2] // positions.shape[1]
+    k, v = widened(k, k_scale, q.dtype), widened(v, v_scale, q.dtype)
     return softmax_attention(q, k, v, seen.repeat(1, groups, 1)[:, None], scale, sinks)
 
 
 @torch.library.register_fake("readonce::decode_attention")
-def _(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int, sinks: Tensor | None) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int, sinks: Tensor | None,
+      k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 

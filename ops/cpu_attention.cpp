@@ -6,17 +6,21 @@
 // end at multiples of BLOCK and of L whatever the batch, other queries and threads are. So a row gives the same bits
 // alone and among others, and the same numbers within rounding on every processor.
 //
+// cpu_int8.h has the arithmetic of caches of int8.
+//
 // Threads. A task is a kv head of a row of the batch, and CHUNK positions. It leaves sums relative to the largest score
 // that it met (online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867); the last task of a head adds them up.
 //
 // Glossary: B batch, S tokens, K kv heads, R = G * S query rows of a kv head, L slots, E head_dim; position p lives in
-// slot p % L. A piece is what a register holds of the numbers of a cache; it becomes WIDE registers of float32.
+// slot p % L. T is the type of queries and results, C that of the caches. A piece is what a register holds of the
+// numbers of a cache; it becomes WIDE registers of float32.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "cpu_common.h"
 #include "cpu_floats.h"
+#include "cpu_int8.h"
 
 #include <atomic>
 #include <cmath>
@@ -38,8 +42,10 @@ constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 // -- a block ----------------------------------------------------------------------------------------------------------
 
-template <typename T> struct Call {  // what all tasks share; strides are in numbers
-  const T *q, *k, *v;
+template <typename T, typename C> struct Call {  // what all tasks share; strides are in numbers
+  const T* q;
+  const C *k, *v;
+  const float *k_scale, *v_scale;
   const int64_t* positions;
   const float* sinks;
   T* y;
@@ -47,8 +53,7 @@ template <typename T> struct Call {  // what all tasks share; strides are in num
   int64_t heads, rows, tokens, slots, E, window;
   int64_t k_batch, k_head, v_batch, v_head;
 
-  int64_t pieces() const { return (E + PIECE<T> - 1) / PIECE<T>; }
-  int64_t lanes(int64_t piece) const { return std::min<int64_t>(LANES, (E - piece * PIECE<T>) * sizeof(T) / 4); }
+  int64_t pieces() const { return (E + PIECE<C> - 1) / PIECE<C>; }
 };
 
 struct Row {  // a query row on its way
@@ -57,62 +62,80 @@ struct Row {  // a query row on its way
   int64_t first, last;  // positions that it sees
 };
 
-template <typename T> INLINE void fetch(const T* p, int64_t first, int64_t numbers) {  // into the second cache
-  if (p)
-    for (int64_t i = 0; i < numbers * (int64_t)sizeof(T); i += LINE) __builtin_prefetch((char*)(p + first) + i, 0, 2);
-}
+struct Scales {  // of a block's keys and values, zeros behind them
+  alignas(LINE) float k[BLOCK], v[BLOCK];
 
-template <typename T> using Query = std::conditional_t<PAIRED<T>, Bytes, Wide<T>>;
+  Scales(const float* keys, const float* values, int64_t n) : k{}, v{} {
+    std::memcpy(k, keys, n * sizeof(float)), std::memcpy(v, values, n * sizeof(float));
+  }
+};
+
+template <typename C> constexpr bool ROUNDED = std::is_same_v<C, int8_t>;
+template <typename C> using Query = std::conditional_t<PAIRED<C> || ROUNDED<C>, Bytes, Wide<C>>;
 template <typename T> using Probability = std::conditional_t<PAIRED<T>, uint16_t, float>;
 
 INLINE Floats store_probabilities(Floats x, float* p) { return std::memcpy(p, &x, sizeof x), x; }
 INLINE Floats store_probabilities(Floats x, uint16_t* p) { return store_bfloat16(x, p); }  // what was stored
 
-template <typename T> INLINE Query<T> query_piece(Bytes v) {
-  if constexpr (PAIRED<T>) return v;
-  else return widen<T>(v);
+template <typename C> struct Queries {  // rows [padded][pieces] of a kv head
+  Query<C>* piece;
+  Start8* start;  // of each row, for int8
+
+  Queries at(int64_t row, int64_t pieces) const { return {piece + row * pieces, start + row}; }
+};
+
+template <typename C> INLINE Query<C> query_piece(Bytes v) {
+  if constexpr (PAIRED<C>) return v;
+  else return widen<C>(v);
 }
 
-template <typename T, bool WHOLE> INLINE Bytes load_piece(const Call<T>& c, const T* p, int64_t piece) {
-  if constexpr (WHOLE) return load<Bytes>(p + piece * PIECE<T>);
-  else return load_lanes(p + piece * PIECE<T>, c.lanes(piece));
+// Piece number `piece` of a head of E numbers, zeros behind them.
+template <typename C, bool WHOLE> INLINE Bytes load_piece(int64_t E, const C* p, int64_t piece) {
+  if constexpr (WHOLE) return load<Bytes>(p + piece * PIECE<C>);
+  else return load_lanes(p + piece * PIECE<C>, std::min<int64_t>(LANES, (E - piece * PIECE<C>) * sizeof(C) / 4));
 }
 
-template <typename T> INLINE Floats add_products(Floats sum, const Query<T>& a, const Query<T>& b) {
-  if constexpr (PAIRED<T>) return add_pairs(sum, a, b);
+template <typename C> INLINE Floats add_products(Floats sum, const Query<C>& a, const Query<C>& b) {
+  if constexpr (PAIRED<C>) return add_pairs(sum, a, b);
   else {
-    UNROLL for (int i = 0; i < WIDE<T>; i++) sum = multiply_add(a.at[i], b.at[i], sum);
+    UNROLL for (int i = 0; i < WIDE<C>; i++) sum = multiply_add(a.at[i], b.at[i], sum);
     return sum;
   }
 }
 
 // Rows q [ROWS][pieces] by n keys -> scores [ROWS][BLOCK]. `ahead`: what will be needed next, row for row.
-template <typename T, int ROWS, bool WHOLE>
-INLINE void score(const Call<T>& c, const Query<T>* q, const T* k, int64_t n, const T* ahead, float* scores) {
+template <typename T, typename C, int ROWS, bool WHOLE>
+INLINE void score(const Call<T, C>& c, const Queries<C>& q, const C* k, int64_t n, const C* ahead, float* scores) {
   constexpr int KEYS = LANES / ROWS;
   const int64_t pieces = c.pieces(), E = c.E;
   for (int64_t j = 0; j < n; j += KEYS) {
-    const T* key[KEYS];
+    const C* key[KEYS];
     UNROLL for (int i = 0; i < KEYS; i++) key[i] = k + std::min(j + i, n - 1) * E;
     fetch(ahead, j * E, KEYS * E);
-    Floats sums[LANES] = {};
-    ROLLED for (int64_t piece = 0; piece < pieces; piece++) {
-      Query<T> x[KEYS];
-      UNROLL for (int i = 0; i < KEYS; i++) x[i] = query_piece<T>(load_piece<T, WHOLE>(c, key[i], piece));
+    Floats sums[LANES] = {}, total;
+    if constexpr (!ROUNDED<C>) ROLLED for (int64_t piece = 0; piece < pieces; piece++) {
+      Query<C> x[KEYS];
+      UNROLL for (int i = 0; i < KEYS; i++) x[i] = query_piece<C>(load_piece<C, WHOLE>(E, key[i], piece));
       UNROLL for (int r = 0; r < ROWS; r++)
         UNROLL for (int i = 0; i < KEYS; i++)
-          sums[r * KEYS + i] = add_products<T>(sums[r * KEYS + i], x[i], q[r * pieces + piece]);
+          sums[r * KEYS + i] = add_products<C>(sums[r * KEYS + i], x[i], q.piece[r * pieces + piece]);
     }
-    Floats total = totals(sums) * c.scale;
+    if constexpr (ROUNDED<C>) total = multiply_keys<ROWS, KEYS, WHOLE>(q.piece, q.start, key, E, pieces);
+    else total = totals(sums);
+    total *= c.scale;
     UNROLL for (int r = 0; r < ROWS; r++) std::memcpy(scores + r * BLOCK + j, (float*)&total + r * KEYS, KEYS * 4);
   }
 }
 
 // Scores [ROWS][BLOCK] of n positions from `at` on -> probabilities, relative to each row's largest score so far.
-// `keep`: what sums relative to the one before are to be multiplied by.
-template <typename T, int ROWS>
-INLINE void soften(Row* rows, int64_t at, int64_t n, float* scores, Probability<T>* p, float* keep) {
+// `keep`: what sums relative to the one before are to be multiplied by; `scales`, `start`: for int8.
+template <typename C, int ROWS>
+INLINE void soften(Row* rows, int64_t at, int64_t n, const Scales* scales, const Start8* start, float* scores,
+                   Probability<C>* p, float* keep) {
   const int64_t padded = round_up(n, LANES);
+  if constexpr (ROUNDED<C>)
+    for (int r = 0; r < ROWS; r++)
+      for (int64_t j = 0; j < padded; j++) scores[r * BLOCK + j] *= scales->k[j] * start[r].scale;
   for (int r = 0; r < ROWS; r++) {
     const int64_t begin = std::min(rows[r].first - at, padded), end = std::min(rows[r].last + 1 - at, n);
     for (int64_t j = 0; j < begin; j++) scores[r * BLOCK + j] = NEVER;
@@ -131,28 +154,30 @@ INLINE void soften(Row* rows, int64_t at, int64_t n, float* scores, Probability<
   ROLLED for (int64_t j = 0; j < padded; j += LANES)
     UNROLL for (int r = 0; r < ROWS; r++) {
       Floats x = power_of_two(load<Floats>(scores + r * BLOCK + j) - base[r]);
-      total[r] += store_probabilities(x, p + r * BLOCK + j);
+      if constexpr (ROUNDED<C>)
+        total[r] += x, store_probabilities(x * load<Floats>(scales->v + j), p + r * BLOCK + j);
+      else total[r] += store_probabilities(x, p + r * BLOCK + j);
     }
   UNROLL for (int r = 0; r < ROWS; r++) rows[r].total = total[r];
 }
 
 // Adds PIECES pieces of n values times their probabilities p [ROWS][BLOCK] to `sums` [ROWS][columns].
-template <typename T, int ROWS, bool WHOLE, int PIECES>
-INLINE void add_values(const Call<T>& c, const Probability<T>* p, const float* keep, const T* v, int64_t n,
-                       const T* ahead, int64_t first, float* sums) {
-  constexpr int STEP = PAIRED<T> ? 2 : 1, REGISTERS = WIDE<T>;
-  const int64_t columns = c.pieces() * PIECE<T>, E = c.E;
+template <typename T, typename C, int ROWS, bool WHOLE, int PIECES>
+INLINE void add_values(const Call<T, C>& c, const Probability<C>* p, const float* keep, const C* v, int64_t n,
+                       const C* ahead, int64_t first, float* sums) {
+  constexpr int STEP = PAIRED<C> ? 2 : 1, REGISTERS = WIDE<C>;
+  const int64_t columns = c.pieces() * PIECE<C>, E = c.E;
   Floats acc[ROWS][PIECES][REGISTERS];
   UNROLL for (int r = 0; r < ROWS; r++)
     UNROLL for (int i = 0; i < PIECES * REGISTERS; i++)
-      acc[r][i / REGISTERS][i % REGISTERS] = load<Floats>(sums + r * columns + first * PIECE<T> + i * LANES) * keep[r];
+      acc[r][i / REGISTERS][i % REGISTERS] = load<Floats>(sums + r * columns + first * PIECE<C> + i * LANES) * keep[r];
   ROLLED for (int64_t j = 0; j < n; j += STEP) {
-    const T *value = v + j * E, *other = v + std::min(j + 1, n - 1) * E;
+    const C *value = v + j * E, *other = v + std::min(j + 1, n - 1) * E;
     fetch(ahead, j * E, STEP * E);
     UNROLL for (int i = 0; i < PIECES; i++) {
-      Bytes raw = load_piece<T, WHOLE>(c, value, first + i);
-      if constexpr (PAIRED<T>) {
-        Ints a = (Ints)raw, b = (Ints)load_piece<T, WHOLE>(c, other, first + i);
+      Bytes raw = load_piece<C, WHOLE>(E, value, first + i);
+      if constexpr (PAIRED<C>) {
+        Ints a = (Ints)raw, b = (Ints)load_piece<C, WHOLE>(E, other, first + i);
         Bytes even = (Bytes)((a & 0xffff) | (b << 16)), odd = (Bytes)(upper(a) | (b & ~0xffff));
         UNROLL for (int r = 0; r < ROWS; r++) {
           Bytes pair = (Bytes)(Ints{} + load<int32_t>(p + r * BLOCK + j));
@@ -160,7 +185,7 @@ INLINE void add_values(const Call<T>& c, const Probability<T>* p, const float* k
           acc[r][i][1] = add_pairs(acc[r][i][1], odd, pair);
         }
       } else {
-        Wide<T> x = widen<T>(raw);
+        Wide<C> x = widen<C>(raw);
         UNROLL for (int r = 0; r < ROWS; r++)
           UNROLL for (int h = 0; h < REGISTERS; h++)
             acc[r][i][h] = multiply_add(Floats{} + p[r * BLOCK + j], x.at[h], acc[r][i][h]);
@@ -169,25 +194,34 @@ INLINE void add_values(const Call<T>& c, const Probability<T>* p, const float* k
   }
   UNROLL for (int r = 0; r < ROWS; r++)
     UNROLL for (int i = 0; i < PIECES * REGISTERS; i++)
-      std::memcpy(sums + r * columns + first * PIECE<T> + i * LANES, &acc[r][i / REGISTERS][i % REGISTERS], WIDTH);
+      std::memcpy(sums + r * columns + first * PIECE<C> + i * LANES, &acc[r][i / REGISTERS][i % REGISTERS], WIDTH);
 }
 
 // ROWS query rows over the n positions from `at` on, whose keys and values lie one behind the other.
-template <typename T, int ROWS, bool WHOLE>
-__attribute__((noinline)) void attend_block(const Call<T>& c, const Query<T>* q, const T* k, const T* v, int64_t at,
-                                            int64_t n, bool first, Row* rows, float* sums) {
+template <typename T, typename C, int ROWS, bool WHOLE>
+__attribute__((noinline)) void attend_block(const Call<T, C>& c, const Queries<C>& q, const C* k, const C* v,
+                                            const Scales* scales, int64_t at, int64_t n, bool first, Row* rows,
+                                            float* sums) {
   alignas(LINE) float scores[ROWS * BLOCK];
-  alignas(LINE) Probability<T> p[ROWS * BLOCK];
+  alignas(LINE) Probability<C> p[ROWS * BLOCK];
   float keep[ROWS];
-  constexpr int64_t PIECES = std::max(1, SUMS_AT_ONCE / WIDE<T>);
-  score<T, ROWS, WHOLE>(c, q, k, n, first ? v : nullptr, scores);  // the values will be needed next, then more keys
-  soften<T, ROWS>(rows, at, n, scores, p, keep);
-  const T* ahead = first ? k + n * c.E : nullptr;
+  score<T, C, ROWS, WHOLE>(c, q, k, n, first ? v : nullptr, scores);  // the values will be needed next, then more keys
+  soften<C, ROWS>(rows, at, n, scales, q.start, scores, p, keep);
+  const C* ahead = first ? k + n * c.E : nullptr;
   int64_t piece = 0;
-  for (; piece + PIECES <= c.pieces(); piece += PIECES, ahead = nullptr)
-    add_values<T, ROWS, WHOLE, PIECES>(c, p, keep, v, n, ahead, piece, sums);
-  for (; piece < c.pieces(); piece++, ahead = nullptr)
-    add_values<T, ROWS, WHOLE, 1>(c, p, keep, v, n, ahead, piece, sums);
+  if constexpr (ROUNDED<C>) {
+    alignas(LINE) int16_t words[ROWS * BLOCK];
+    float unit[ROWS];
+    round_probabilities<ROWS>(p, BLOCK, n, words, unit);
+    for (; piece < c.pieces(); piece++, ahead = nullptr)
+      add_values8<ROWS, WHOLE>(words, BLOCK, unit, keep, v, n, c.E, piece, ahead, sums, c.pieces() * PIECE<C>);
+  } else {
+    constexpr int64_t PIECES = std::max(1, SUMS_AT_ONCE / WIDE<C>);
+    for (; piece + PIECES <= c.pieces(); piece += PIECES, ahead = nullptr)
+      add_values<T, C, ROWS, WHOLE, PIECES>(c, p, keep, v, n, ahead, piece, sums);
+    for (; piece < c.pieces(); piece++, ahead = nullptr)
+      add_values<T, C, ROWS, WHOLE, 1>(c, p, keep, v, n, ahead, piece, sums);
+  }
 }
 
 // -- a task -----------------------------------------------------------------------------------------------------------
@@ -198,7 +232,7 @@ struct Span {  // of the positions that a row of the batch looks at
   int64_t chunks() const { return newest / CHUNK - first / CHUNK + 1; }
 };
 
-template <typename T> Span span_of(const Call<T>& c, int64_t b, int64_t task) {
+template <typename T, typename C> Span span_of(const Call<T, C>& c, int64_t b, int64_t task) {
   const int64_t *p = c.positions + b * c.tokens, newest = *std::max_element(p, p + c.tokens);
   TORCH_CHECK(newest >= 0, "position ", newest);
   int64_t oldest = std::max<int64_t>(newest - c.slots + 1, 0);
@@ -208,21 +242,21 @@ template <typename T> Span span_of(const Call<T>& c, int64_t b, int64_t task) {
 }
 
 // What a task leaves: rows, padded to whole groups of ROWS_AT_ONCE, and their sums.
-template <typename T> struct Part {
+template <typename T, typename C> struct Part {
   Row* rows;
   float* sums;
 
-  static int64_t bytes(const Call<T>& c) {
-    return round_up(c.rows, ROWS_AT_ONCE) * (int64_t)(sizeof(Row) + c.pieces() * PIECE<T> * sizeof(float));
+  static int64_t bytes(const Call<T, C>& c) {
+    return round_up(c.rows, ROWS_AT_ONCE) * (int64_t)(sizeof(Row) + c.pieces() * PIECE<C> * sizeof(float));
   }
-  Part(const Call<T>& c, uint8_t* memory, int64_t task) : rows((Row*)(memory + task * bytes(c))),
+  Part(const Call<T, C>& c, uint8_t* memory, int64_t task) : rows((Row*)(memory + task * bytes(c))),
     sums((float*)(rows + round_up(c.rows, ROWS_AT_ONCE))) {}
 };
 
-template <typename T, bool WHOLE>
-void attend_chunk(const Call<T>& c, const Span& span, int64_t b, int64_t head, int64_t chunk, const Query<T>* q,
-                  const Part<T>& part) {
-  const int64_t padded = round_up(c.rows, ROWS_AT_ONCE), columns = c.pieces() * PIECE<T>;
+template <typename T, typename C, bool WHOLE>
+void attend_chunk(const Call<T, C>& c, const Span& span, int64_t b, int64_t head, int64_t chunk,
+                  const Queries<C>& q, const Part<T, C>& part) {
+  const int64_t padded = round_up(c.rows, ROWS_AT_ONCE), columns = c.pieces() * PIECE<C>;
   for (int64_t r = 0; r < padded; r++) {
     int64_t position = r < c.rows ? c.positions[b * c.tokens + r % c.tokens] : -1;
     part.rows[r] = {Floats{}, NEVER, 1, std::max(position - c.window + 1, span.oldest), position};
@@ -232,53 +266,64 @@ void attend_chunk(const Call<T>& c, const Span& span, int64_t b, int64_t head, i
   for (int64_t at = std::max(start, span.first), n; at < end; at += n) {
     int64_t slot = at % c.slots;
     n = std::min({BLOCK - at % BLOCK, c.slots - slot, end - at});
-    const T* k = c.k + b * c.k_batch + head * c.k_head + slot * c.E;
-    const T* v = c.v + b * c.v_batch + head * c.v_head + slot * c.E;
+    const C* k = c.k + b * c.k_batch + head * c.k_head + slot * c.E;
+    const C* v = c.v + b * c.v_batch + head * c.v_head + slot * c.E;
+    std::optional<Scales> scales;
+    const int64_t number = (b * c.heads + head) * c.slots + slot;
+    if constexpr (ROUNDED<C>) scales.emplace(c.k_scale + number, c.v_scale + number, n);
     for (int64_t r = 0, some; r < c.rows; r += some) {
       some = c.rows - r > 2 ? 4 : c.rows - r;
-      auto attend = some == 4 ? attend_block<T, 4, WHOLE> : some == 2 ? attend_block<T, 2, WHOLE>
-                                                                      : attend_block<T, 1, WHOLE>;
-      attend(c, q + r * c.pieces(), k, v, at, n, r == 0, part.rows + r, part.sums + r * columns);
+      auto attend = some == 4 ? attend_block<T, C, 4, WHOLE> : some == 2 ? attend_block<T, C, 2, WHOLE>
+                                                                      : attend_block<T, C, 1, WHOLE>;
+      attend(c, q.at(r, c.pieces()), k, v, scales ? &*scales : nullptr, at, n, r == 0, part.rows + r,
+             part.sums + r * columns);
     }
   }
 }
 
-template <typename T> void prepare_queries(const Call<T>& c, int64_t b, int64_t head, Query<T>* q) {
-  for (int64_t r = 0; r < round_up(c.rows, ROWS_AT_ONCE); r++)
-    for (int64_t piece = 0; piece < c.pieces(); piece++, q++) {
-      const T* row = c.q + ((b * c.heads + head) * c.rows + r) * c.E;
-      *q = query_piece<T>(r < c.rows ? load_piece<T, false>(c, row, piece) : Bytes{});
-    }
+template <typename T, typename C>
+void prepare_queries(const Call<T, C>& c, int64_t b, int64_t head, const Queries<C>& q) {
+  for (int64_t r = 0; r < round_up(c.rows, ROWS_AT_ONCE); r++) {
+    const T* row = r < c.rows ? c.q + ((b * c.heads + head) * c.rows + r) * c.E : nullptr;
+    Query<C>* to = q.piece + r * c.pieces();
+    if constexpr (ROUNDED<C>) round_query(row, c.E, c.pieces(), to, q.start[r]);
+    else for (int64_t i = 0; i < c.pieces(); i++)
+      to[i] = query_piece<C>(row ? load_piece<C, false>(c.E, row, i) : Bytes{});
+  }
 }
 
 // Adds up what the tasks of a head have left.
-template <typename T> void finish(const Call<T>& c, const Span& span, int64_t b, int64_t head, uint8_t* memory) {
+template <typename T, typename C>
+void finish(const Call<T, C>& c, const Span& span, int64_t b, int64_t head, uint8_t* memory) {
   const int64_t first = span.task + head * span.chunks(), last = first + span.chunks();
   for (int64_t r = 0; r < c.rows; r++) {
     const int64_t index = (b * c.heads + head) * c.rows + r;
     const float sink = c.sinks ? c.sinks[head * c.rows + r] * (float)M_LOG2E : NEVER;
     float largest = sink;
-    for (int64_t t = first; t < last; t++) largest = std::max(Part<T>(c, memory, t).rows[r].largest, largest);
+    for (int64_t t = first; t < last; t++) largest = std::max(Part<T, C>(c, memory, t).rows[r].largest, largest);
     float total = c.sinks ? power_of_two(sink - largest) : 0;
     for (int64_t t = first; t < last; t++) {
-      Row& row = Part<T>(c, memory, t).rows[r];
+      Row& row = Part<T, C>(c, memory, t).rows[r];
       row.weight = power_of_two(row.largest - largest);
       total += reduced(row.total, plus)[0] * row.weight;
     }
     for (int64_t piece = 0; piece < c.pieces(); piece++) {
-      Wide<T> sum = {};
+      Wide<C> sum = {};
       for (int64_t t = first; t < last; t++) {
-        Part<T> part(c, memory, t);
-        const float* sums = part.sums + (r * c.pieces() + piece) * PIECE<T>;
-        for (int i = 0; i < WIDE<T>; i++) sum.at[i] += load<Floats>(sums + i * LANES) * part.rows[r].weight;
+        Part<T, C> part(c, memory, t);
+        const float* sums = part.sums + (r * c.pieces() + piece) * PIECE<C>;
+        for (int i = 0; i < WIDE<C>; i++) sum.at[i] += load<Floats>(sums + i * LANES) * part.rows[r].weight;
       }
-      for (int i = 0; i < WIDE<T>; i++) sum.at[i] /= Floats{} + total;
-      store_piece<T>(c.y + index * c.E + piece * PIECE<T>, sum, c.E - piece * PIECE<T>);
+      for (int i = 0; i < WIDE<C>; i++) sum.at[i] /= Floats{} + total;
+      T* y = c.y + index * c.E + piece * PIECE<C>;
+      const int64_t left = std::min<int64_t>(PIECE<C>, c.E - piece * PIECE<C>);
+      if constexpr (ROUNDED<C>) for (int i = 0; i < left; i++) y[i] = sum.at[i % 4][i / 4];
+      else store_piece<T>(y, sum, left);
     }
   }
 }
 
-template <typename T, bool WHOLE> void attend(const Call<T>& c, int64_t batch) {
+template <typename T, typename C, bool WHOLE> void attend(const Call<T, C>& c, int64_t batch) {
   std::vector<Span> spans;
   int64_t tasks = 0, read = 0;
   for (int64_t b = 0; b < batch; b++) {
@@ -286,55 +331,68 @@ template <typename T, bool WHOLE> void attend(const Call<T>& c, int64_t batch) {
     tasks += spans[b].chunks() * c.heads;
     read += (spans[b].newest + 1 - spans[b].first) * c.heads;
   }
-  Tensor memory = at::empty({tasks * Part<T>::bytes(c)}, at::kByte);
+  Tensor memory = at::empty({tasks * Part<T, C>::bytes(c)}, at::kByte);
   auto parts = (uint8_t*)memory.data_ptr();
   std::vector<std::atomic<int64_t>> done(batch * c.heads);
   const int64_t products = 2 * read * c.rows * c.E;
   split(tasks, std::max<int64_t>(1, tasks * ALONE / products), [&](int64_t begin, int64_t end) {
-    Tensor queries = at::empty({round_up(c.rows, ROWS_AT_ONCE) * c.pieces() * (int64_t)sizeof(Query<T>)}, at::kByte);
-    auto q = (Query<T>*)queries.data_ptr();
+    const int64_t padded = round_up(c.rows, ROWS_AT_ONCE);
+    Tensor pieces = at::empty({padded * c.pieces() * (int64_t)sizeof(Query<C>)}, at::kByte);
+    Tensor starts = at::empty({padded * (int64_t)sizeof(Start8)}, at::kByte);
+    Queries<C> q{(Query<C>*)pieces.data_ptr(), (Start8*)starts.data_ptr()};
     for (int64_t t = begin, b = 0, prepared = -1; t < end; t++) {
       while (b + 1 < batch && t >= spans[b + 1].task) b++;
       const int64_t chunks = spans[b].chunks(), head = (t - spans[b].task) / chunks, index = b * c.heads + head;
       if (index != prepared) prepare_queries(c, b, head, q), prepared = index;
-      attend_chunk<T, WHOLE>(c, spans[b], b, head, (t - spans[b].task) % chunks, q, Part<T>(c, parts, t));
+      attend_chunk<T, C, WHOLE>(c, spans[b], b, head, (t - spans[b].task) % chunks, q, Part<T, C>(c, parts, t));
       if (++done[index] == chunks) finish(c, spans[b], b, head, parts);
     }
   });
 }
 
-template <typename T>
-void run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& positions, const float* sinks, double scale,
-         int64_t window, Tensor& y) {
-  Call<T> c{(const T*)q.data_ptr(), (const T*)k.data_ptr(), (const T*)v.data_ptr(), positions.const_data_ptr<int64_t>(),
-            sinks, (T*)y.data_ptr(), (float)(scale * M_LOG2E), q.size(1), q.size(2), positions.size(1), k.size(2),
-            q.size(3), window ? window : k.size(2), k.stride(0), k.stride(1), v.stride(0), v.stride(1)};
+struct Tensors {  // as they came, q and positions and all that is not a cache dense
+  Tensor q, k, v, positions, sinks, k_scale, v_scale, y;
+};
+const float* floats_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+
+template <typename T, typename C> void run(const Tensors& t, double scale, int64_t window) {
+  const Tensor &q = t.q, &k = t.k, &v = t.v;
+  Call<T, C> c{(const T*)q.data_ptr(), (const C*)k.data_ptr(), (const C*)v.data_ptr(), floats_of(t.k_scale),
+               floats_of(t.v_scale), t.positions.const_data_ptr<int64_t>(), floats_of(t.sinks), (T*)t.y.data_ptr(),
+               (float)(scale * M_LOG2E), q.size(1), q.size(2), t.positions.size(1), k.size(2), q.size(3),
+               window ? window : k.size(2), k.stride(0), k.stride(1), v.stride(0), v.stride(1)};
   TORCH_CHECK(c.E * sizeof(T) % 4 == 0, "head_dim ", c.E, " is odd");
-  (c.E % PIECE<T> == 0 ? attend<T, true> : attend<T, false>)(c, q.size(0));
+  (c.E % PIECE<C> == 0 ? attend<T, C, true> : attend<T, C, false>)(c, q.size(0));
 }
 
-Tensor decode_attention(const Tensor& q_, const Tensor& k, const Tensor& v, const Tensor& positions_, double scale,
-                        int64_t window, const std::optional<Tensor>& sinks_) {
-  TORCH_CHECK(q_.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && positions_.dim() == 2, "a shape is wrong");
-  TORCH_CHECK(k.size(0) == q_.size(0) && k.size(1) == q_.size(1) && k.size(3) == q_.size(3), "q ", q_.sizes(),
+Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& positions, double scale,
+                        int64_t window, const std::optional<Tensor>& sinks, const std::optional<Tensor>& k_scale,
+                        const std::optional<Tensor>& v_scale) {
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && positions.dim() == 2, "a shape is wrong");
+  TORCH_CHECK(k.size(0) == q.size(0) && k.size(1) == q.size(1) && k.size(3) == q.size(3), "q ", q.sizes(),
               " does not fit caches ", k.sizes());
-  TORCH_CHECK(k.scalar_type() == q_.scalar_type() && v.scalar_type() == q_.scalar_type(),
+  const bool rounded = k.scalar_type() == at::kChar;
+  TORCH_CHECK(k.scalar_type() == v.scalar_type() && (rounded || k.scalar_type() == q.scalar_type()),
               "q and caches differ in type");
   TORCH_CHECK(k.stride(3) == 1 && k.stride(2) == k.size(3) && v.stride(3) == 1 && v.stride(2) == v.size(3),
               "the slots of a head are not one behind the other");
-  TORCH_CHECK(positions_.scalar_type() == at::kLong && positions_.size(0) == q_.size(0) && positions_.size(1) > 0 &&
-              q_.size(2) % positions_.size(1) == 0, "positions ", positions_.sizes(), " do not fit q ", q_.sizes());
-  Tensor q = q_.contiguous(), positions = positions_.contiguous(), sinks = sinks_ ? sinks_->contiguous() : Tensor();
-  TORCH_CHECK(!sinks_ || (sinks.scalar_type() == at::kFloat && sinks.numel() == q.size(1) * q.size(2)),
+  TORCH_CHECK(positions.scalar_type() == at::kLong && positions.size(0) == q.size(0) && positions.size(1) > 0 &&
+              q.size(2) % positions.size(1) == 0, "positions ", positions.sizes(), " do not fit q ", q.sizes());
+  TORCH_CHECK(!sinks || (sinks->scalar_type() == at::kFloat && sinks->numel() == q.size(1) * q.size(2)),
               "sinks: a float32 for each row of a batch");
-  Tensor y = at::empty(q.sizes(), q.options());
-  if (y.numel() == 0) return y;
-  const float* lost = sinks_ ? sinks.const_data_ptr<float>() : nullptr;
-  if (q.scalar_type() == at::kFloat) run<float>(q, k, v, positions, lost, scale, window, y);
-  else if (q.scalar_type() == at::kBFloat16) run<at::BFloat16>(q, k, v, positions, lost, scale, window, y);
-  else if (q.scalar_type() == at::kHalf) run<at::Half>(q, k, v, positions, lost, scale, window, y);
+  for (const auto* given : {&k_scale, &v_scale})
+    TORCH_CHECK(given->has_value() == rounded && (!rounded || ((*given)->scalar_type() == at::kFloat &&
+                (*given)->sizes() == k.sizes().slice(0, 3))), "scales: a float32 for each slot of an int8 cache");
+  auto dense = [](const std::optional<Tensor>& given) { return given ? given->contiguous() : Tensor(); };
+  Tensors t{q.contiguous(), k, v, positions.contiguous(), dense(sinks), dense(k_scale), dense(v_scale),
+            at::empty(q.sizes(), q.options())};
+  if (t.y.numel() == 0) return t.y;
+  if (q.scalar_type() == at::kFloat) (rounded ? run<float, int8_t> : run<float, float>)(t, scale, window);
+  else if (q.scalar_type() == at::kBFloat16)
+    (rounded ? run<at::BFloat16, int8_t> : run<at::BFloat16, at::BFloat16>)(t, scale, window);
+  else if (q.scalar_type() == at::kHalf) (rounded ? run<at::Half, int8_t> : run<at::Half, at::Half>)(t, scale, window);
   else TORCH_CHECK(false, "q is ", q.scalar_type(), ", not float32, bfloat16 or float16");
-  return y;
+  return t.y;
 }
 
 }  // namespace

@@ -31,12 +31,22 @@ INLINE Floats add_pairs(Floats sum, Bytes, Bytes) { return sum; }
 INLINE Floats store_bfloat16(Floats v, uint16_t*) { return v; }
 #endif
 
+template <typename T> INLINE void fetch(const T* p, int64_t first, int64_t numbers) {  // into the second cache
+  if (p)
+    for (int64_t i = 0; i < numbers * (int64_t)sizeof(T); i += LINE) __builtin_prefetch((char*)(p + first) + i, 0, 2);
+}
+
 #if defined(AVX512)
+INLINE void store_words(Ints v, int16_t* p) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v)); }
 INLINE Bytes load_lanes(const void* p, int lanes) { return (Bytes)_mm512_maskz_loadu_epi32((1u << lanes) - 1, p); }
 INLINE Floats widen_half(Bytes v, int half) {
   return (Floats)_mm512_cvtph_ps(half ? _mm512_extracti64x4_epi64((__m512i)v, 1) : _mm512_castsi512_si256((__m512i)v));
 }
 #elif defined(AVX2)
+INLINE void store_words(Ints v, int16_t* p) {
+  __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)v, (__m256i)v), 8);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+}
 INLINE Bytes load_lanes(const void* p, int lanes) {
   Ints lane = {0, 1, 2, 3, 4, 5, 6, 7};
   return (Bytes)_mm256_maskload_epi32((const int*)p, (__m256i)(lane < lanes));
@@ -45,6 +55,9 @@ INLINE Floats widen_half(Bytes v, int half) {
   return (Floats)_mm256_cvtph_ps(half ? _mm256_extracti128_si256((__m256i)v, 1) : _mm256_castsi256_si128((__m256i)v));
 }
 #else
+INLINE void store_words(Ints v, int16_t* p) {
+  for (int i = 0; i < LANES; i++) p[i] = v[i];
+}
 INLINE Bytes load_lanes(const void* p, int lanes) {
   Bytes v = {};
   std::memcpy(&v, p, 4 * lanes);
@@ -86,27 +99,27 @@ template <typename T> INLINE void store_piece(T* y, const Wide<T>& v, int64_t mo
 }
 
 #if defined(__clang__)
-template <int... I> INLINE Floats shuffle(Floats a, Floats b, std::integer_sequence<int, I...>) {
+template <typename V, int... I> INLINE V shuffle(V a, V b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, I...);
 }
 #else
-template <int... I> INLINE Floats shuffle(Floats a, Floats b, std::integer_sequence<int, I...>) {
+template <typename V, int... I> INLINE V shuffle(V a, V b, std::integer_sequence<int, I...>) {
   return __builtin_shuffle(a, b, Ints{I...});
 }
 #endif
 
 // f of a[i] and a[i + D] in lanes whose bit D is unset, of b[i] and b[i - D] in the others.
-template <int D, typename F, int... I>
-INLINE Floats fold(Floats a, Floats b, const F& f, std::integer_sequence<int, I...>) {
+template <int D, typename V, typename F, int... I>
+INLINE V fold(V a, V b, const F& f, std::integer_sequence<int, I...>) {
   return f(Ints{(I & D)...} == 0 ? a : b,
            shuffle(a, b, std::integer_sequence<int, (I & D ? LANES + I - D : I + D)...>()));
 }
 
 constexpr auto ALL_LANES = std::make_integer_sequence<int, LANES>();
-constexpr auto plus = [](Floats a, Floats b) __attribute__((always_inline)) { return a + b; };
+constexpr auto plus = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
 constexpr auto greater = [](Floats a, Floats b) __attribute__((always_inline)) { return a > b ? a : b; };
 
-template <int D = LANES / 2> INLINE Floats totals(Floats* sums) {  // lane i: that of sums[i]
+template <int D = LANES / 2, typename V> INLINE V totals(V* sums) {  // lane i: that of sums[i]
   UNROLL for (int i = 0; i < D; i++) sums[i] = fold<D>(sums[i], sums[i + D], plus, ALL_LANES);
   if constexpr (D > 1) return totals<D / 2>(sums);
   else return sums[0];

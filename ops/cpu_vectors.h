@@ -54,6 +54,7 @@ template <typename V> INLINE V load(const void* p) {
 }
 
 // dot: adds to each lane the products of 4 weights by 4 numbers of x. int8 weights lie in memory + OFFSET.
+// dot_words: the products of two 16-bit numbers by two.
 // Sums<BITS>: what `dot` adds up over a block; total: its int32 lanes.
 
 #if defined(AVX512)
@@ -65,6 +66,9 @@ INLINE Ints dot(Ints sum, Bytes w, Bytes x) {
 }
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps(a, b, c); }
 INLINE Floats load_halves(const void* p) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE Ints dot_words(Ints sum, Ints a, Ints b) {
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+}
 #if defined(__AVX512BF16__)
 #define BF16_DOT
 INLINE Floats dot_bf16(Floats sum, Bytes w, Bytes x) {  // a lane: two products of bfloat16
@@ -76,6 +80,7 @@ INLINE Floats dot_bf16(Floats sum, Bytes w, Bytes x) {  // a lane: two products 
 
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps(a, b, c); }
 INLINE Floats load_halves(const void* p) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+INLINE Ints dot_words(Ints sum, Ints a, Ints b) { return sum + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 #if defined(__AVXVNNI__)
 constexpr int OFFSET = 128;
 template <int BITS> using Sums = Ints;
@@ -122,6 +127,12 @@ INLINE Floats load_halves(const void* p) {
   return v;
 }
 
+#endif
+
+#if !defined(AVX512) && !defined(AVX2)
+INLINE Ints dot_words(Ints sum, Ints a, Ints b) {
+  return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+}
 #endif
 
 INLINE Ints total(Ints sum) { return sum; }

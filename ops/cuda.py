@@ -26,14 +26,15 @@ def tile(rows: int, head_dim: int, itemsize: int) -> dict[str, int]:
 
 
 @triton.jit
-def attend_split(q, k, v, positions, partial, largest, total, scale, window, size, stride_b, stride_k, kv_heads, rows,
+def attend_split(q, k, v, k_scale, v_scale, positions, partial, largest, total, scale, window, size, stride_b, stride_k,
+                 kv_heads, rows,
                  S: tl.constexpr, E: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                  SPLITS: tl.constexpr, PDL: tl.constexpr):
     """One split of one kv head's filled positions, by online softmax (Dao et al. 2022, arXiv 2205.14135).
 
-    q [B, K, rows, E] and positions [B, S] are dense, caches have strides; row r belongs to token r % S; position p
-    lives in slot p % size. Writes the unnormalised sum partial [B, K, SPLITS, rows, E], the row maximum and the row sum
-    of exponentials.
+    q [B, K, rows, E], positions [B, S] and, of caches of int8, the scales [B, K, size] are dense, caches have strides;
+    row r belongs to token r % S; position p lives in slot p % size. Writes the unnormalised sum partial
+    [B, K, SPLITS, rows, E], the row maximum and the row sum of exponentials.
     """
     head, split = tl.program_id(0), tl.program_id(1)
     b = head // kv_heads
@@ -54,8 +55,10 @@ def attend_split(q, k, v, positions, partial, largest, total, scale, window, siz
         inside = (at < filled)[:, None] & within
         held = newest - (newest - at) % size  # the position in each slot
         address = base + at[:, None].to(tl.int64) * E + col[None, :]
-        keys = tl.load(k + address, mask=inside, other=0.0)  # [BLOCK, COLS]
+        keys = tl.load(k + address, mask=inside, other=0).to(queries.dtype)  # [BLOCK, COLS]; of int8 exactly
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        if k_scale is not None:
+            scores *= tl.load(k_scale + head * size + at, mask=at < filled, other=0.0)[None, :]
         seen = (held[None, :] <= position[:, None]) & (held[None, :] > position[:, None] - window)
         seen = seen & (at < filled)[None, :]
         scores = tl.where(seen, scores, float("-inf"))
@@ -63,9 +66,11 @@ def attend_split(q, k, v, positions, partial, largest, total, scale, window, siz
         safe = tl.where(higher == float("-inf"), 0.0, higher)  # a row that sees nothing of this block
         p = tl.exp(scores - safe[:, None])
         keep = tl.exp(m - safe)
-        values = tl.load(v + address, mask=inside, other=0.0)
-        acc = acc * keep[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
         s = s * keep + tl.sum(p, 1)
+        if v_scale is not None:
+            p *= tl.load(v_scale + head * size + at, mask=at < filled, other=0.0)[None, :]
+        values = tl.load(v + address, mask=inside, other=0).to(queries.dtype)
+        acc = acc * keep[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
         m = higher
     out = (head * SPLITS + split) * rows + row
     tl.store(partial + out[:, None] * E + col[None, :], acc, mask=real[:, None] & within)
@@ -96,11 +101,11 @@ def join_splits(partial, largest, total, sinks, y, kv_heads, E: tl.constexpr, CO
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int,
-                     sinks: Tensor | None) -> Tensor:
+                     sinks: Tensor | None, k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> Tensor:
     """Rows q [B, K, R, E] over caches [B, K, L, E], reading the filled slots only -> [B, K, R, E].
 
     positions [B, S], each row's consecutive; row r stands at positions[:, r % S]; position p lives in slot p % L,
-    window 0: none; sinks [K, R].
+    window 0: none; sinks [K, R]; caches of int8 have scales [B, K, L].
     """
     B, K, R, E = q.shape
     q = q.contiguous()
@@ -108,10 +113,12 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: 
     largest, total = torch.empty(2, B, K, SPLITS, R, dtype=torch.float32, device=q.device)
     y = torch.empty_like(q)
     assert k.stride() == v.stride() and k.stride(2) == E and k.stride(3) == 1, (k.stride(), v.stride())
-    size, options = tile(R, E, k.itemsize), launch_options(q)
+    size, options = tile(R, E, q.itemsize), launch_options(q)  # int8 is widened to what q is
+    k_scale, v_scale = (None if t is None else t.contiguous() for t in (k_scale, v_scale))
     attend_split[(B * K, SPLITS, triton.cdiv(R, size["ROWS"]))](
-        q, k, v, positions.contiguous(), partial, largest, total, scale, window or k.shape[2], k.shape[2],
-        k.stride(0), k.stride(1), K, R, S=positions.shape[1], E=E, SPLITS=SPLITS, **size, num_warps=4, **options)
+        q, k, v, k_scale, v_scale, positions.contiguous(), partial, largest, total, scale, window or k.shape[2],
+        k.shape[2], k.stride(0), k.stride(1), K, R, S=positions.shape[1], E=E, SPLITS=SPLITS, **size, num_warps=4,
+        **options)
     join_splits[(B * K, R)](partial, largest, total, None if sinks is None else sinks.float().contiguous(), y, K, E=E,
                             COLS=size["COLS"], SPLITS=SPLITS, num_warps=4, **options)
     return y

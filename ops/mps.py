@@ -128,16 +128,19 @@ def attention_plan(heads: int, rows: int, head_dim: int, slots: int) -> tuple[in
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int,
-                     sinks: Tensor | None) -> Tensor:
+                     sinks: Tensor | None, k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> Tensor:
     """Rows q [B, K, R, E] over caches [B, K, L, E], reading the filled slots only -> [B, K, R, E].
 
-    positions [B, S]; row r stands at positions[:, r % S]; position p lives in slot p % L, window 0: none; sinks [K, R].
+    positions [B, S]; row r stands at positions[:, r % S]; position p lives in slot p % L, window 0: none; sinks [K, R];
+    caches of int8 have scales [B, K, L].
     """
     (B, K, R, E), L = q.shape, k.shape[2]
     assert k.is_contiguous() and v.is_contiguous() and k.shape == v.shape == (B, K, L, E), (k.shape, v.shape)
-    assert k.dtype == v.dtype == q.dtype and positions.dtype == torch.int64, (q.dtype, k.dtype, positions.dtype)
+    assert k.dtype == v.dtype and positions.dtype == torch.int64, (k.dtype, v.dtype, positions.dtype)
+    assert k.dtype == (q.dtype if k_scale is None else torch.int8), (q.dtype, k.dtype)
     together, simdgroups, splits = attention_plan(B * K, R, E, L)
-    kernels = compiled("mps_attention.metal", q.dtype, E=E, ROWS=together, SIMDGROUPS=simdgroups)
+    kernels = compiled("mps_attention.metal", q.dtype, E=E, ROWS=together, SIMDGROUPS=simdgroups,
+                       ROUNDED=int(k_scale is not None))
     q, positions = q.contiguous(), positions.contiguous()
     y = torch.empty_like(q)
     partial = tops = y  # not written unless there are several
@@ -145,9 +148,10 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: 
         partial = torch.empty(B, K, splits, R, E, dtype=torch.float32, device=q.device)
         tops = torch.empty(B, K, splits, R, 2, dtype=torch.float32, device=q.device)
     sunk, sinks = sinks is not None, positions if sinks is None else sinks.float().contiguous()
+    scales = [positions if t is None else t.contiguous() for t in (k_scale, v_scale)]  # not read unless there are any
     kernels.attend(
-        q, k, v, positions, sinks, y, partial, tops, scale * math.log2(math.e), K, R, positions.shape[1], L, window,
-        int(sunk), splits, threads=[32 * simdgroups * -(-R // together), B * K, splits],
+        q, k, v, *scales, positions, sinks, y, partial, tops, scale * math.log2(math.e), K, R, positions.shape[1], L,
+        window, int(sunk), splits, threads=[32 * simdgroups * -(-R // together), B * K, splits],
         group_size=[32 * simdgroups, 1, 1])
     if splits > 1:
         kernels.add_splits(partial, tops, sinks, y, K, R, int(sunk), splits, threads=[E, R, B * K],

@@ -1,6 +1,7 @@
 // Attention of a few query rows over the filled part of a static cache, for Apple GPUs: the twin of
 // ops/cpu_attention.cpp. Bound by ops/mps.py, which defines, before this text:
-//   X           bfloat, half or float, the type of queries, keys, values and results
+//   X           bfloat, half or float, the type of queries and results, and of keys and values
+//   ROUNDED     1 if keys and values are int8 instead, with a scale for each
 //   E           numbers in a head
 //   ROWS        query rows that share one reading of keys and values
 //   SIMDGROUPS  of a threadgroup
@@ -18,6 +19,11 @@ using namespace metal;
 #define UNROLL _Pragma("clang loop unroll(full)")  // what is indexed by a loop's variable then stays in registers
 #define PER ((E + 31) / 32)
 #define WHOLE (PER * 32 == E)
+#if ROUNDED
+#define CACHED char
+#else
+#define CACHED X
+#endif
 #define NEVER (-3.0e38f)  // below all scores; finite, as fast mathematics may take infinity for anything
 
 // A lane's numbers of a head.
@@ -25,7 +31,7 @@ struct Part {
   float of[PER];
 };
 
-inline Part part_of(device const X* from, uint lane) {
+template <typename T> inline Part part_of(device const T* from, uint lane) {
   Part part;
   UNROLL for (uint i = 0; i < PER; i++) {
     part.of[i] = WHOLE || lane * PER + i < E ? float(from[lane * PER + i]) : 0.0f;
@@ -40,26 +46,28 @@ struct Row {
   uint position;
 };
 
-// One position's key and value, for a row that sees it.
-inline void take(thread Row& row, thread const Part& key, thread const Part& value) {
+// One position's key and value with their scales, for a row that sees it.
+inline void take(thread Row& row, thread const Part& key, thread const Part& value, float2 scales) {
   float inner = 0;
   UNROLL for (uint i = 0; i < PER; i++) {
     inner += row.query.of[i] * key.of[i];
   }
-  const float score = simd_sum(inner), largest = max(row.largest, score);
+  const float score = simd_sum(inner) * scales.x, largest = max(row.largest, score);
   const float keep = exp2(row.largest - largest), weight = exp2(score - largest);
   row.largest = largest;
   row.total = row.total * keep + weight;
   UNROLL for (uint i = 0; i < PER; i++) {
-    row.sum.of[i] = row.sum.of[i] * keep + weight * value.of[i];
+    row.sum.of[i] = row.sum.of[i] * keep + weight * scales.y * value.of[i];
   }
 }
 
 // q [B * K, R, E], k and v [B * K, L, E], positions [B, S], row r at positions[b, r % S] -> y [B * K, R, E]; or, of
 // several splits, partial [B * K, splits, R, E], sums relative to 2 ** tops[.., 0], whose weights add up to tops[.., 1].
-// A threadgroup for each ROWS rows, kv head and split. window 0: none; sinks [K, R], not read unless `sunk`.
+// A threadgroup for each ROWS rows, kv head and split. window 0: none; sinks [K, R], not read unless `sunk`, nor
+// k_scale and v_scale [B * K, L] unless ROUNDED.
 [[max_total_threads_per_threadgroup(32 * SIMDGROUPS)]]
-kernel void attend(device const X* q, device const X* k, device const X* v, device const long* positions,
+kernel void attend(device const X* q, device const CACHED* k, device const CACHED* v, device const float* k_scale,
+                   device const float* v_scale, device const long* positions,
                    device const float* sinks, device X* y, device float* partial, device float* tops,
                    constant float& scale, constant long& heads, constant long& rows, constant long& tokens,
                    constant long& slots, constant long& window, constant long& sunk, constant long& splits,
@@ -93,9 +101,10 @@ kernel void attend(device const X* q, device const X* k, device const X* v, devi
   for (uint i = at.z * share + simd_number; i < last; i += SIMDGROUPS) {
     const uint p = first + i, slot = first_slot + i < L ? first_slot + i : first_slot + i - L;
     const Part key = part_of(k + slot * E, lane), value = part_of(v + slot * E, lane);
+    const float2 scales = ROUNDED ? float2(k_scale[head * L + slot], v_scale[head * L + slot]) : float2(1);
     UNROLL for (uint r = 0; r < ROWS; r++) {
       if (p <= row[r].position && (W == 0 || p + W > row[r].position)) {
-        take(row[r], key, value);
+        take(row[r], key, value, scales);
       }
     }
   }

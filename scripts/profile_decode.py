@@ -71,7 +71,7 @@ def parts(model: Transformer, depth: int) -> list[Part]:
     found = [Part("embedding", None, row)]
     for i, (layer, kind) in enumerate(zip(model.layers, config.layer_types, strict=True)):
         mixer = sum(map(nbytes, (layer.attention_norm, layer.attention, layer.attention_post_norm)))
-        mixer += int(layer.attention.cache_bytes(depth, model.dtype.itemsize))
+        mixer += int(layer.attention.cache_bytes(depth, *model.cache_dtypes))
         ffn = sum(nbytes(m, active) for m in (layer.ffn_norm, layer.feed_forward, layer.ffn_post_norm))
         ffn += 0 if layer.scalar is None else layer.scalar.nbytes
         says = ("dense and experts" if isinstance(layer.feed_forward, DenseAndExperts) else

@@ -23,6 +23,7 @@ import generate as g
 import ops
 from batch import Request, generate_batch
 from decoding import Steps, compiled_steps, generate, generate_rows
+from kv_cache import to_int8
 from ops import reference
 
 PRESENT = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -62,6 +63,14 @@ def test_attention_is_the_references(device, case, dtype):
     there = (t.to(device) for t in (folded(q, case[3]), k, v, positions))
     got = torch.ops.readonce.decode_attention(*there, 0.2, case[6], None if rows is None else rows.to(device))
     bound = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(got.float().cpu(), folded(truth, case[3]), rtol=0, atol=bound)
+    caches = [t for pair in zip(to_int8(k), to_int8(v), strict=True) for t in pair]  # k, v and their scales
+    truth = reference.attention(q.float(), *(ops.widened(*caches[i::2], torch.float32) for i in (0, 1)), positions, 0.2,
+                                case[6] or None, sinks)
+    k, v, *scales = (t.to(device) for t in caches)
+    got = torch.ops.readonce.decode_attention(
+        folded(q, case[3]).to(device), k, v, positions.to(device), 0.2, case[6],
+        None if rows is None else rows.to(device), *scales)
     torch.testing.assert_close(got.float().cpu(), folded(truth, case[3]), rtol=0, atol=bound)
 
 

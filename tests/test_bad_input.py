@@ -38,6 +38,7 @@ OPTIONS = [
     (["--device", "mps"], ["'mps' is not present", "present: "]),
     (["--device", "cpu:1"], ["no device 'cpu:1'"]),
     (["--dtype", "int3"], ["unknown dtype 'int3'", "bf16, fp16, fp32"]),
+    (["--kv_dtype", "int4"], ["unknown kv_dtype 'int4'", "allowed: auto", "int8"]),
     (["--random_weights", "Llama-9-9T"], ["unknown shape 'Llama-9-9T'", "Llama-3.2-1B", "config.json"]),
     (["--random_weights", "Llama-3.2-1B", "--prompt", "hello"], ["'hello'", "number of synthetic tokens"]),
     (["--random_weights", "Llama-3.2-1B", "--checkpoint_path", "x"], ["both given"]),

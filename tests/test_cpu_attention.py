@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import ops
+from kv_cache import to_int8
 from ops import cpu, reference
 
 VARIANTS = ["native", "portable", *["avx2"] * ops.processor_has("avx2")]
@@ -65,29 +66,61 @@ def test_attention_equals_its_reference(attend, dtype, S, E, window):
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("S", [1, 2, 5, 16])
+@pytest.mark.parametrize("E", [8, 16, 64, 80, 100, 256])
+@pytest.mark.parametrize("window", [None, 20])
+def test_attention_over_int8_rounds_queries_to_8_bits_and_else_next_to_nothing(attend, dtype, S, E, window):
+    q, k, v, positions = random_call(S, E, window, torch.float32)
+    q, K, sinks = q.to(dtype), k.shape[1], torch.randn(24) if random.random() < 0.5 else None
+    (k, k_scale), (v, v_scale) = to_int8(k), to_int8(v)
+    rows = None if sinks is None else sinks[:q.shape[2]].view(K, -1, 1).expand(-1, -1, S).reshape(K, -1)
+    got = attend(folded(q, K), k, v, positions, E ** -0.5, window or 0, rows, k_scale, v_scale)
+    largest = q.float().abs().amax(-1, keepdim=True)
+    rounded = (q.float() * torch.tensor(127.0).div(largest)).round() * (largest / 127)  # 127 / x is not rounded so
+    keys, values = k * k_scale[..., None], v * v_scale[..., None]
+    truth, terms = (folded(reference.attention(rounded, keys, t, positions, None, window, sinks), K)
+                    for t in (values, values.abs()))
+    assert got.dtype == dtype
+    most = terms.amax(-1, keepdim=True)  # 16 bits of probability are relative to the largest of a block
+    bound = truth.abs() * torch.finfo(dtype).eps / 2 + most * 2e-4 + torch.finfo(dtype).smallest_normal
+    assert ((got.float() - truth).abs() <= bound).all(), ((got.float() - truth).abs() / bound).max()
+
+
+def held(dtype: torch.dtype, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[list[torch.Tensor], ...]:
+    """[q, k, v] in a dtype, for int8 the caches alone, and the scales of these."""
+    if dtype != torch.int8:
+        return [t.to(dtype) for t in (q, k, v)], []
+    (k, k_scale), (v, v_scale) = to_int8(k), to_int8(v)
+    return [q.bfloat16(), k, v], [k_scale, v_scale]
+
+
+@pytest.mark.parametrize("dtype", [*ROUNDING, torch.int8])
 @pytest.mark.parametrize("window", [None, 20, 150])
 def test_a_row_gives_the_same_bits_alone_and_in_a_batch_on_any_number_of_threads(attend, dtype, window):
-    q, k, v, positions = random_call(random.choice((1, 6)), random.choice((16, 64, 80)), window, dtype, rows=3)
+    *qkv, positions = random_call(random.choice((1, 6)), random.choice((16, 64, 80)), window, torch.float32, rows=3)
+    (q, k, v), scales = held(dtype, *qkv)
     q, threads = folded(q, k.shape[1]), torch.get_num_threads()
-    together = attend(q, k, v, positions, 0.2, window or 0, None)
+    together = attend(q, k, v, positions, 0.2, window or 0, None, *scales)
     try:
         torch.set_num_threads(1)
-        alone = [attend(*row, 0.2, window or 0, None)
-                 for row in zip(*(t.split(1) for t in (q, k, v, positions)), strict=True)]
+        alone = [attend(*row, 0.2, window or 0, None, *its)
+                 for *row, its in zip(*(t.split(1) for t in (q, k, v, positions)),
+                                      zip(*(t.split(1) for t in scales), strict=True) if scales else [()] * 3,
+                                      strict=True)]
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(torch.cat(alone), together)
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("dtype", [*ROUNDING, torch.int8])
 @pytest.mark.parametrize("window", [0, 20, 150])
 def test_a_token_gives_the_same_bits_alone_and_among_others(attend, dtype, window):
     K, G, S, E, size = 2, random.choice((1, 3, 4)), random.choice((2, 6, 16)), random.choice((16, 64, 80)), 700
-    q, (k, v) = torch.randn(1, S, K * G, E).to(dtype), torch.randn(2, 1, K, size, E).to(dtype)
+    (q, k, v), scales = held(dtype, torch.randn(1, S, K * G, E), *torch.randn(2, 1, K, size, E))
     positions = torch.randint(random.choice((1, size - S)), (1, 1)) + torch.arange(S)
-    together = attend(folded(q, K), k, v, positions, 0.2, window, None)
+    together = attend(folded(q, K), k, v, positions, 0.2, window, None, *scales)
     for i in range(S):
-        alone = attend(folded(q[:, i:i + 1], K), k, v, positions[:, i:i + 1], 0.2, window, None)
+        alone = attend(folded(q[:, i:i + 1], K), k, v, positions[:, i:i + 1], 0.2, window, None, *scales)
         assert torch.equal(alone, together.view(1, K, G, S, E)[:, :, :, i])
 
 
@@ -100,8 +133,14 @@ def test_what_is_not_a_number_stays_so_and_large_scores_do_not_overflow(attend):
     sunk = attend(q, k, v, positions, 1.0, 0, torch.full((2, 3), 1e4))
     assert not sunk.any()
     k[0, 1, 7, 3] = float("nan")
-    y = attend(q, k, v, positions, 1.0, 0, None)
+    (_, small_k, small_v), scales = held(torch.int8, q, k, v)
+    for y in (attend(q, k, v, positions, 1.0, 0, None), attend(q, small_k, small_v, positions, 1.0, 0, None, *scales)):
+        assert y[0, 0].isfinite().all() and y[0, 1].isnan().all()
+    (_, small_k, small_v), scales = held(torch.int8, q, v, k)
+    y = attend(q, small_k, small_v, positions, 1.0, 0, None, *scales)
     assert y[0, 0].isfinite().all() and y[0, 1].isnan().all()
+    q[0, 0, 0, 5] = float("inf")
+    assert attend(q, small_k, small_v, positions, 1.0, 0, None, *scales)[0, 0, 0].isnan().all()
 
 
 def test_tensors_that_do_not_fit_are_errors(attend):
@@ -113,6 +152,12 @@ def test_tensors_that_do_not_fit_are_errors(attend):
             attend(*wrong, 1.0, 0, None)
     with pytest.raises(RuntimeError):
         attend(q, k, v, positions, 1.0, 0, torch.randn(3))
+    (_, k, v), scales = held(torch.int8, q, k, v)
+    for wrong in ((), scales[:1], [s[..., 1:] for s in scales], [s.half() for s in scales]):
+        with pytest.raises(RuntimeError):
+            attend(q, k, v, positions, 1.0, 0, None, *wrong)
+    with pytest.raises(RuntimeError):
+        attend(q, k.float(), v.float(), positions, 1.0, 0, None, *scales)
 
 
 def test_a_graph_of_a_few_tokens_holds_the_kernel_and_one_of_all_lengths_does_not():

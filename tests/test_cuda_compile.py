@@ -65,9 +65,10 @@ def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def attend(K: int, G: int, S: int, E: int, dtype: torch.dtype) -> None:
-    cache = meta(1, K, 4096, E, dtype=dtype)
-    cuda.decode_attention(meta(1, K, G * S, E, dtype=dtype), cache, cache, meta(1, S, dtype=torch.int64), 0.1, 0, None)
+def attend(K: int, G: int, S: int, E: int, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> None:
+    cache, scales = meta(1, K, 4096, E, dtype=kv_dtype or dtype), [meta(1, K, 4096, dtype=FP32)] * 2
+    cuda.decode_attention(meta(1, K, G * S, E, dtype=dtype), cache, cache, meta(1, S, dtype=torch.int64), 0.1, 0, None,
+                          *(scales if kv_dtype else []))
 
 
 def multiply(outputs: int, inputs: int, group: int, rows: int, dtype: torch.dtype) -> None:
@@ -91,15 +92,17 @@ ATTENTION = {  # K, G, S, head_dim, dtype and the cards, of which the first is t
 }
 
 
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
 @pytest.mark.parametrize("name", ATTENTION)
-def test_attention_compiles_for_every_card_within_its_shared_memory(recorded, tmp_path, name):
+def test_attention_compiles_for_every_card_within_its_shared_memory(recorded, tmp_path, name, kv_dtype):
     *case, cards = ATTENTION[name]
-    attend(*case)
+    attend(*case, kv_dtype)
     for card in cards:
         for kernel in ("attend_split", "join_splits"):
             compiled = recorded[kernel].compile(card)
             assert compiled.metadata.shared <= SHARED[card] << 10, (kernel, card, compiled.metadata.shared)
-            assert card != cards[0] or spilled(compiled, tmp_path) == 0, kernel
+            if card == cards[0] and not (kv_dtype and name == "float32"):  # exactness is not for speed
+                assert spilled(compiled, tmp_path) == 0, kernel
 
 
 @pytest.mark.parametrize(("group", "rows", "dtype", "cards"), [

@@ -50,7 +50,9 @@ def test_the_kernel_equals_the_reference_and_reads_no_empty_tail():
         import sys
         sys.path.insert(0, {str(ROOT / "tests")!r})
         import torch
+        import ops
         from test_cuda_ops import CASES, folded, inputs
+        from kv_cache import to_int8
         from ops import reference
         from ops.cuda import decode_attention
         for i, case in enumerate(CASES):
@@ -64,6 +66,11 @@ def test_the_kernel_equals_the_reference_and_reads_no_empty_tail():
                 inside = (t.to(dtype) for t in (folded(q, case[3]), k, v))
                 got = decode_attention(*inside, positions, 0.2, case[6], rows)
                 torch.testing.assert_close(got.float(), truth, rtol=0, atol=bound)
+            (k, k_scale), (v, v_scale) = to_int8(k), to_int8(v)
+            got = decode_attention(folded(q, case[3]), k, v, positions, 0.2, case[6], rows, k_scale, v_scale)
+            truth = reference.attention(q, *(ops.widened(*t, torch.float32) for t in ((k, k_scale), (v, v_scale))),
+                                        positions, 0.2, case[6] or None, sinks)
+            torch.testing.assert_close(got, folded(truth, case[3]), rtol=0, atol=1e-5)
         print("equal")
     """
     assert_equal_in_the_interpreter(code)

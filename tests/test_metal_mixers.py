@@ -12,6 +12,7 @@ from torch import Tensor
 
 import ops
 import ops.mps
+from kv_cache import to_int8
 from ops import reference
 
 pytest_plugins = ["metal.fixtures"]
@@ -32,11 +33,13 @@ def attention_call(dtype: torch.dtype, S: int, E: int, window: int, size: int, r
 
 
 def attention_is_right(machine: str, dtype: torch.dtype, S: int, E: int, window: int, size: int, sinks: bool,
-                       **call_options: int) -> None:
+                       int8: bool = False, **call_options: int) -> None:
     """The result is what float64 has, rounded once, but for float32's errors in scores and sums."""
     q, k, v, positions = attention_call(dtype, S, E, window, size, **call_options)
     sunk = torch.randn(k.shape[1], q.shape[2]) * 3 if sinks else None
-    y = call("decode_attention", machine, q, k, v, positions, 0.2, window, sunk).cpu()
+    (k, *k_scale), (v, *v_scale) = (to_int8(t) if int8 else (t,) for t in (k, v))
+    y = call("decode_attention", machine, q, k, v, positions, 0.2, window, sunk, *k_scale, *v_scale).cpu()
+    k, v = (ops.widened(t, *scale, torch.float64) if int8 else t for t, scale in ((k, k_scale), (v, v_scale)))
     filled = torch.arange(k.shape[2])[:, None] <= positions[:, -1, None, None, None]  # the plain form reads all slots
     k, v = (torch.where(filled, t, 0).double() for t in (k, v))
     sunk = None if sunk is None else sunk.double()
@@ -56,6 +59,7 @@ def test_attention_over_the_filled_slots_is_float64s_rounded_once(machine, windo
     for sinks, sizes in ((False, (64, 128, 80)), (True, (8, 100, 256, 512))):
         S, E, size = random.choice((1, 2, 7)), random.choice(sizes), random.choice((50, 110))
         attention_is_right(machine, random.choice(DTYPES), S, E, window, size, sinks)
+        attention_is_right(machine, random.choice(DTYPES), S, E, window, size, sinks, int8=True)
 
 
 def test_large_scores_do_not_overflow_and_what_is_not_a_number_stays_so(machine):
