@@ -22,7 +22,8 @@ from sampling import Sampling, distribution, draw, penalize, sample, score, scor
 from speculative import Proposal, Speculation, accept, given_or, greedy, lookup
 from tp import candidates, first_id
 
-PREFILL_CHUNK = 512  # tokens in one prefill call: bounds memory for activations and masks
+PREFILL_CHUNK = 512  # tokens in one prefill call: bounds memory for activations
+MASK = PREFILL_CHUNK << 15  # what a call's tokens and the positions that they look at may multiply to
 
 
 # -- the steps --------------------------------------------------------------------------------------------------------
@@ -304,11 +305,15 @@ def _rounds(model, prompts, max_new_tokens, sampling, seed, steps, cached, specu
 
 
 def chunks(start: int, end: int, block: int) -> Iterator[slice]:
-    """Cut a prompt into prefill calls: PREFILL_CHUNK tokens each and the rest; with a `block`, the rest into powers of
-    two times that, so that a compiled prefill meets few sizes, and a last one below it."""
+    """Cut a prompt into prefill calls: PREFILL_CHUNK tokens each, half of it past 32,768 positions, half of that past
+    65,536 and so on, and the rest; with a `block`, the rest into powers of two times that, so that a compiled prefill
+    meets few sizes, and a last one below it."""
     while start < end:
-        size = min(end - start, PREFILL_CHUNK)
-        if block and block <= size < PREFILL_CHUNK:
+        most = PREFILL_CHUNK
+        while most > 64 and most * (start + most) > MASK:
+            most //= 2
+        size = min(end - start, most)
+        if block and block <= size < most:
             size = block << (size // block).bit_length() - 1
         yield slice(start, start + size)
         start += size

@@ -299,8 +299,11 @@ def attended_beside(positions: Tensor, size: int, window: int) -> Attended:
 
 
 def widened(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Keys or values [B, K, n, E]; of int8 with a scale each, [B, K, n], what they mean."""
-    return x if scale is None else (x * scale[..., None]).to(dtype)
+    """Keys or values [B, K, n, E]; of int8 with scales [B, K, n], what they mean. One head at a time is float32."""
+    if scale is None:
+        return x
+    heads = zip(x.split(1, 1), scale[..., None].split(1, 1), strict=True)
+    return torch.cat([(head * its).to(dtype) for head, its in heads], 1)
 
 
 def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, where: Attended, scale: float | None = None,

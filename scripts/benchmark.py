@@ -111,7 +111,7 @@ def starts(args: Namespace, quantize: str | None) -> dict:
     compile, and from the process's start to the first token."""
     found: dict[str, float] = {}
     command = [sys.executable, "generate.py", "--compile", "--json", "--max_new_tokens", "8", "--device", args.device,
-               "--dtype", args.dtype, "--threads", str(args.threads)]
+               "--dtype", args.dtype, "--kv_dtype", args.kv_dtype, "--threads", str(args.threads)]
     command += ["--random_weights", args.random_weights] if args.random_weights else []
     command += ["--checkpoint_path", str(Path(args.checkpoint_path).absolute())] if args.checkpoint_path else []
     command += ["--quantize", quantize] if quantize else []
@@ -219,12 +219,14 @@ def run(args: Namespace, command: str) -> Iterator[dict]:
     """The rows of all cases, each as soon as its case is done."""
     common = {"model": args.random_weights or args.checkpoint_path or "demo", "torch": torch.__version__,
               "threads": torch.get_num_threads(), "commit": commit(), "command": command}
+    common |= {} if args.kv_dtype == "auto" else {"kv_dtype": args.kv_dtype}
     for quantize in args.quantize:
         def load(**settings) -> Transformer:
             own = {"device": args.device, "dtype": args.dtype, "quantize": quantize} | settings  # noqa: B023
-            if args.random_weights:
-                return load_random(args.random_weights, **own)
-            return load_model(args.checkpoint_path or DEMO, **own)[0]
+            model = load_random(args.random_weights, **own) if args.random_weights else \
+                load_model(args.checkpoint_path or DEMO, **own)[0]
+            model.kv_dtype = machine.choose_kv_dtype(args.kv_dtype)
+            return model
         start = time.perf_counter()
         model = load()
         facts = {"load_s": time.perf_counter() - start}
@@ -284,6 +286,7 @@ def parser() -> Parser:
     p.add_argument("--threads", type=int, help="of every system on a CPU (default: one for each core)")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto")
+    p.add_argument("--kv_dtype", default="auto", help="of keys and values: auto or int8, of llama.cpp's too")
     p.add_argument("--output", type=Path, help="append the rows to this file, a JSON document a line")
     return p
 
@@ -302,6 +305,7 @@ def parse(options: list[str]) -> Namespace:
         raise UserError(f"--suite is {args.suite!r}; allowed: {', '.join(SUITES)}")
     if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
         raise UserError(f"--output {args.output}: no such folder, or it is one; a file is expected")
+    machine.choose_kv_dtype(args.kv_dtype)
     args.quantize = [None if mode == "none" else mode for mode in args.quantize]
     args.threads = machine.choose_threads(args.threads)
     return args

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import device as machine
 from errors import Parser, UserError, run_command
 from generate import DEMO, load_model
 from model import Transformer
@@ -82,12 +83,15 @@ def main(argv: list[str]) -> None:
     p.add_argument("--window", type=int, default=512, help="tokens (default %(default)s)")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto")
+    p.add_argument("--kv_dtype", default="auto", help="of its keys and values: auto (as activations) or int8")
     args = p.parse_args(argv)
     try:
         text = args.text.read_text("utf-8")
     except (OSError, ValueError) as e:
         raise UserError(f"--text {args.text} cannot be read as text ({e})") from None
+    kv_dtype = machine.choose_kv_dtype(args.kv_dtype)
     model, tokenizer = load_model(args.checkpoint_path, args.device, args.dtype, args.quantize)
+    model.kv_dtype = kv_dtype
     reference, other = load_model(args.reference, args.device, args.dtype) if args.reference else (None, tokenizer)
     ids = tokenizer.encode(text)
     if not 2 <= args.window <= model.config.max_seq_len:

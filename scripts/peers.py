@@ -186,10 +186,13 @@ def transformers(floats: Transformer, case: Case, compile: bool) -> Iterator[Sys
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # its best setting on Linux, as it is ours
 
 
-def run_llama_bench(program: str, file: Path, case: Case, gpu: bool) -> tuple[Run, dict]:
+INT8_CACHES = ["-fa", "1", "-ctk", "q8_0", "-ctv", "q8_0"]  # a scale for each 32 numbers
+
+
+def run_llama_bench(program: str, file: Path, case: Case, gpu: bool, options: list[str]) -> tuple[Run, dict]:
     """Its own benchmark, once for the prompt and once for the tokens after it; also what it says of itself."""
     command = [program, "-m", str(file), "-r", "1", "-o", "json", "-t", str(torch.get_num_threads()),
-               "-ngl", "99" if gpu else "0"]
+               "-ngl", "99" if gpu else "0", *options]
     steps = case.new_tokens - 1  # the first belongs to the prompt
     seconds = []
     for size in (["-p", str(case.prompt_length), "-n", "0", "-d", str(case.depth)],
@@ -228,11 +231,12 @@ def llama_cpp(model: Transformer, exact: Callable[[], Transformer], case: Case, 
     if not file.exists():
         export(exact(), None, file)
     attended = case.depth + case.prompt_length + case.new_tokens / 2
-    cache = model.cache_bytes(attended) * 2 / model.dtype.itemsize  # its own is float16
-    _, found = run_llama_bench(program, file, Case(1, 2), gpu)
+    options = INT8_CACHES if model.kv_dtype == torch.int8 else []
+    cache = model.cache_bytes(attended) * (1 if options else 2 / model.dtype.itemsize)  # else its own is float16
+    _, found = run_llama_bench(program, file, Case(1, 2), gpu, options)
     theirs = {"int8": "Q8_0", "int4": "Q4_0, head Q8_0", "int4-pure": "Q4_0"}
-    yield System("llama.cpp", lambda: run_llama_bench(program, file, case, gpu)[0], found["model_size"] + cache,
-                 short(model.dtype), theirs[quantization.mode] if quantization else None,
+    yield System("llama.cpp", lambda: run_llama_bench(program, file, case, gpu, options)[0],
+                 found["model_size"] + cache, short(model.dtype), theirs[quantization.mode] if quantization else None,
                  {"version": found["build_commit"], "start_warm_s": start_llama(program, file, case)})
 
 

@@ -85,14 +85,14 @@ def speed_of(row: dict) -> Speed:
     weights = DTYPES.get(dtype, dtype)
     if quantization:
         weights = text(row, "quantization") + ("" if dtype == "bfloat16" else f", {weights} activations")
+    weights += ", int8 caches" if row.get("kv_dtype") else ""
     case = Case(model_of(row), text(row, "system"), weights, whole(row, "prompt_tokens"), whole(row, "new_tokens"),
                 whole(row, "depth", 0), whole(row, "batch", 1), whole(row, "ranks", 1))
-    tok_s, runs = number(row, "decode_tok_s"), row.get("decode_tok_s_all")
-    if not isinstance(runs, list):
+    tok_s = number(row, "decode_tok_s")
+    if not isinstance(runs := row.get("decode_tok_s_all"), list):
         raise UserError(f"decode_tok_s_all is {runs!r}; it must be a list of numbers")
     speeds = [tok_s, *(number({"decode_tok_s_all": one}, "decode_tok_s_all") for one in runs)]
-    old = row.get("bytes_per_token") is None
-    size = number(row, "gb_s") * 1e9 / tok_s if old else number(row, "bytes_per_token")
+    size = number(row, "bytes_per_token") if "bytes_per_token" in row else number(row, "gb_s") * 1e9 / tok_s
     return Speed(case, tok_s, min(speeds), max(speeds), size, number(row, "bandwidth_gb_s") * 1e9 / size,
                  dtype in ("bfloat16", "float16") and not quantization, source_of(row))
 

@@ -77,6 +77,11 @@ def model_of(body: Callable[[str, Tensor], Rounded], ends: Callable[[Tensor], Ro
     return model, bits / total
 
 
+def with_int8_caches(made: tuple[Transformer, float]) -> tuple[Transformer, float]:
+    made[0].kv_dtype = torch.int8
+    return made
+
+
 def rows(text: str) -> dict[str, tuple[Transformer, float]]:
     def same(w: Tensor) -> Rounded:
         return w, 16.0
@@ -94,8 +99,9 @@ def rows(text: str) -> dict[str, tuple[Transformer, float]]:
         if g == 32:
             found |= {"int4-pure g32, scales searched": model_of(lambda _, w: to_int4(w, 32, True),
                                                                  lambda w: to_int4(w, 32, True)),
-                      "int4-pure g32, GPTQ": model_of(best, lambda w: to_int4(w, 32, True))}
-    return found
+                      "int4-pure g32, GPTQ": model_of(best, lambda w: to_int4(w, 32, True)),
+                      "int4 g32, GPTQ; keys and values int8": with_int8_caches(model_of(best, to_int8))}
+    return found | {"bf16; keys and values int8": with_int8_caches(model_of(lambda _, w: same(w), same))}
 
 
 def main(argv: list[str]) -> None:

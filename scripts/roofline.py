@@ -130,9 +130,11 @@ class Load:
     read = property(lambda self: self.weight_bytes_read + self.cache_bytes_read)
 
 
-def load_of(config: ModelConfig, dtype: torch.dtype, ranks: int, batch: int, context: int, depth: float) -> Load:
+def load_of(config: ModelConfig, dtype: torch.dtype, ranks: int, batch: int, context: int, depth: float,
+            kv_dtype: torch.dtype | None = None) -> Load:
     """What a rank holds, for `context` positions a row, and reads, for a token that attends to `depth` of them."""
     model = weightless(config, dtype, ranks)
+    model.kv_dtype = kv_dtype
     share = config.experts.n_active / config.experts.n_experts if config.experts else 1.0
     operations = sum(2 * batch * math.prod(module.shape) * (share if isinstance(module, ExpertLinear) else 1)
                      for module in model.modules() if isinstance(module, Matrix) and not isinstance(module, Embedding))
@@ -293,7 +295,8 @@ def ours(row: dict) -> Compared | None:
         config = dataclasses.replace(config, quantization=Quantization(mode, int(group or 32)))
     batch = row.get("batch") or 1
     depth = (row.get("depth") or 0) + row["prompt_tokens"] + row["new_tokens"] / 2
-    load = load_of(config, machine.DTYPES[row["dtype"]], 1, batch, math.ceil(depth), depth)
+    kv_dtype = machine.choose_kv_dtype(row.get("kv_dtype", "auto"))
+    load = load_of(config, machine.DTYPES[row["dtype"]], 1, batch, math.ceil(depth), depth, kv_dtype)
     what = f"{row['system']}, {name.rpartition('/')[2].removesuffix('.json')}, " \
            f"{row.get('quantization') or row['dtype']}, {row['prompt_tokens']}+{row['new_tokens']}, batch {batch}"
     return Compared(what, load.read, row["gb_s"] * 1e9 * batch / row["decode_tok_s"],
@@ -339,6 +342,7 @@ def parser() -> Parser:
     p.add_argument("--device", help="a name of devices.json, or here (default: a table of all)")
     p.add_argument("--tp", type=int, help="ranks that share the model (default: the fewest that hold it)")
     p.add_argument("--dtype", default="bf16", help=f"{', '.join(WIDTHS)} (default %(default)s)")
+    p.add_argument("--kv_dtype", default="auto", help="of keys and values: auto (as activations) or int8")
     p.add_argument("--batch", type=int, default=1, help="rows decoded together (default %(default)s)")
     p.add_argument("--context", type=int, default=2048, help="positions a row has room for (default %(default)s)")
     p.add_argument("--depth", type=int, help="positions the token attends to (default: --context)")
@@ -369,7 +373,8 @@ def main(argv: list[str]) -> int:
         return check()
     args.depth = args.context if args.depth is None else args.depth
     config, dtype = checked(args), width(args.dtype)[0]
-    load = functools.cache(lambda ranks: load_of(config, dtype, ranks, args.batch, args.context, args.depth))
+    kv_dtype = machine.choose_kv_dtype(args.kv_dtype)
+    load = functools.cache(lambda ranks: load_of(config, dtype, ranks, args.batch, args.context, args.depth, kv_dtype))
     chosen = {args.device: find_device(args.device)} if args.device else {
         name: of for name, of in devices().items() if of.link or (args.tp or 1) == 1}
     step = dict(kernels=kernels_of_step(config, args.context), dtype=args.dtype)

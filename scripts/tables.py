@@ -34,8 +34,8 @@ def cases(rows: Iterable[dict]) -> list[Case]:
             continue
         if row["system"].startswith("ours") and row["ours_over_this"] == 1:  # the first of its case
             key = tuple(row.get(name) for name in ("machine", "model", "dtype", "quantization", "prompt_tokens",
-                                                   "new_tokens", "depth", "batch"))
-            key = (*key[:6], key[6] or 0, key[7] or 1)
+                                                   "new_tokens", "kv_dtype", "depth", "batch"))
+            key = (*key[:7], key[7] or 0, key[8] or 1)
             found.pop(key, None)  # the last one stands where it was measured
             found[key] = case = []
         case.append(row)
@@ -77,8 +77,9 @@ def speed_line(case: Case, peers: list[str], commands: list[str]) -> str:
     bytes_per_token = ours.get("bytes_per_token") or 1e9 * ours["gb_s"] / ours["decode_tok_s"]
     return " | ".join([
         Path(ours["model"]).stem if ours["model"].endswith(".json") else ours["model"],
-        ours.get("quantization") or ours["dtype"], tokens, f"{bytes_per_token / 1e6:.0f}",
-        number(ours["decode_tok_s"]), f"{ours['gb_s']:.1f}", f"{ours['bandwidth_pct']:.0f} %",
+        (ours.get("quantization") or ours["dtype"]) + (", int8 caches" if "kv_dtype" in ours else ""), tokens,
+        f"{bytes_per_token / 1e6:.0f}", number(ours["decode_tok_s"]), f"{ours['gb_s']:.1f}",
+        f"{ours['bandwidth_pct']:.0f} %",
         "" if first is None else f"{first:.2f} s" if first >= 0.1 else f"{first * 1e3:.1f} ms",
         *(ratio(by_name.get(name)) for name in peers), ours["commit"],
         str(commands.index(command_of(ours)) + 1)])

@@ -100,6 +100,10 @@ def test_a_prompt_in_blocks_is_whole_and_in_order():
             sizes = [c.stop - c.start for c in cuts]
             assert max(sizes) <= decoding.PREFILL_CHUNK and sum(size % 64 > 0 for size in sizes) <= 1
             assert not block or all(size < 64 or size & (size - 1) == 0 for size in sizes)
+        far = list(decoding.chunks(0, 131_000, block))
+        assert [p for c in far for p in range(c.start, c.stop)] == list(range(131_000))
+        assert max((c.stop - c.start) * c.stop for c in far) <= 512 * 32768
+        assert {c.stop - c.start for c in far} >= {512, 128}
 
 
 def test_compiled_greedy_decoding_of_the_demo_is_the_eager_one():
