@@ -184,9 +184,21 @@ def run_sample(model: Transformer, tokenizer: Tokenizer | None, prompt: list[int
 
 # -- command line -----------------------------------------------------------------------------------------------------
 
+def add_model_options(p: Parser) -> None:
+    """Those that say which model is to be had, and how it runs."""
+    p.add_argument("--checkpoint_path", help="Hugging Face folder, or ORG/NAME on the hub (default: the demo)")
+    p.add_argument("--quantize", metavar="MODE", help=f"round weights while loading: {', '.join(Quantization.MODES)}")
+    p.add_argument("--cache_packed", action="store_true",
+                   help="keep quantized weights beside the checkpoint as a CPU reads them; later starts map that file")
+    p.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default %(default)s)")
+    p.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bf16, fp16 or fp32 (default %(default)s)")
+    p.add_argument("--threads", type=int, help="on a CPU (default: one for each core)")
+    p.add_argument("--compile", action="store_true", help="compile the decode step")
+
+
 def parser() -> Parser:
     p = Parser(prog="generate.py", description="Generate text; the shipped demo if no checkpoint is named.")
-    p.add_argument("--checkpoint_path", help="Hugging Face folder, or ORG/NAME on the hub (default: the demo)")
+    add_model_options(p)
     p.add_argument("--random_weights", metavar="SHAPE",
                    help="no checkpoint: random weights of a named shape (Llama-3.1-8B, ...) or of a config.json")
     p.add_argument("--prompt", action="append", help="text to continue; with --random_weights, a number of synthetic "
@@ -210,12 +222,7 @@ def parser() -> Parser:
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
     p.add_argument("--logprobs", type=int, metavar="N", help="with --json: of each token and the N likeliest")
     p.add_argument("--seed", type=int, default=0, help="sample i uses seed + i (default %(default)s)")
-    p.add_argument("--compile", action="store_true", help="compile the decode step")
     p.add_argument("--compile_prefill", action="store_true", help="compile prefill too (implies --compile)")
-    p.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default %(default)s)")
-    p.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bf16, fp16 or fp32 (default %(default)s)")
-    p.add_argument("--threads", type=int, help="on a CPU (default: one for each core)")
-    p.add_argument("--quantize", metavar="MODE", help=f"round weights while loading: {', '.join(Quantization.MODES)}")
     p.add_argument("--draft", "--draft_checkpoint_path", metavar="DRAFT",
                    help="speculate: lookup (in the text so far), self (the model in int4), mtp (its own head for it) "
                         "or a smaller checkpoint")
@@ -223,8 +230,6 @@ def parser() -> Parser:
                    help="tokens drafted at a time, or auto: as many as pay, by measurement (default %(default)s)")
     p.add_argument("--synthetic_acceptance", type=float, metavar="P",
                    help="take drafted tokens with this probability, whatever they are: for speed with random weights")
-    p.add_argument("--cache_packed", action="store_true",
-                   help="keep quantized weights beside the checkpoint as a CPU reads them; later starts map that file")
     p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one more, uncounted, short run")
     p.add_argument("--json", action="store_true", help="end stdout with the numbers as one line of JSON")
     return p
