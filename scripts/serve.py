@@ -336,11 +336,16 @@ def load(args, hosts: frozenset[str] | None) -> Service:
     return Service(served, engine, Speller(tokenizer), tokenizer.stop_ids, hosts)
 
 
-def make_server(service: Service):
-    """A uvicorn.Server that ends texts under way when it is told to stop, and stops when the engine has failed."""
+def make_server(service: Service, ready: str):
+    """A uvicorn.Server that ends texts under way when it is told to stop, and stops when the engine has failed; when it
+    listens, it says `ready`."""
     import uvicorn
 
     class Server(uvicorn.Server):
+        async def startup(self, sockets=None) -> None:
+            await super().startup(sockets)
+            print(ready, file=sys.stderr, flush=True)
+
         async def shutdown(self, sockets=None) -> None:
             service.engine.close()
             await super().shutdown(sockets)
@@ -359,6 +364,8 @@ def require(args) -> None:
     for name, least in (("port", 0), ("batch_size", 1), ("max_waiting", 0), ("max_length", 2), ("top_k", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name} is {value}; it must be at least {least}")
+    if args.port > 65535:
+        raise UserError(f"--port is {args.port}; it must be at most 65535")
     if world.size > 1:
         raise UserError("there is no server of several ranks; start it without torchrun")
 
@@ -369,10 +376,9 @@ def main(argv: list[str]) -> int:
     with listen(args.host, args.port) as bound:
         address, port = bound.getsockname()[:2]
         service = load(args, hosts_of(args.host, address))
-        server = make_server(service)
         shown = f"[{address}]" if ":" in address else address
-        print(f"{service.served.model}, {args.batch_size} texts of {service.served.length} tokens at a time, on "
-              f"http://{shown}:{port} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+        server = make_server(service, f"{service.served.model}, {args.batch_size} texts of {service.served.length} "
+                                      f"tokens at a time, on http://{shown}:{port} (Ctrl-C ends it)")
         sys.setswitchinterval(SWITCH)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended all, and hands the signal on
