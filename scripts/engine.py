@@ -6,12 +6,15 @@ joins, or is given up, while others run. What the loop calls is said to be so; a
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import torch
 
-from batch import Batch, Request
+from batch import Batch, Event, Request
 from errors import UserError
+
+PAUSE = 0.005  # seconds between two times that the loop hears of tokens, if no text ends
 
 
 class Full(Exception):
@@ -51,6 +54,8 @@ class Engine(threading.Thread):
         self.batch: Batch | None = None
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.owners: dict[int, tuple[Exchange, int]] = {}  # number -> whose it is
+        self.untold: list[tuple[Exchange, int, int, str | None]] = []  # request and token, and why its text ended
+        self.urgent, self.told_at = False, 0.0
         self.made = threading.Event()
         self.failure: BaseException | None = None
         self.closing = False
@@ -140,7 +145,7 @@ class Engine(threading.Thread):
             self.made.set()
             while self._listen(wait=True):
                 for turn in self.batch.turns():
-                    self._tell([(*self._owner(number, stop), token, stop) for number, token, stop in turn])
+                    self._tell(turn)
                     if not self._listen():
                         return
         except BaseException as e:  # whatever it is, nobody may wait for tokens that will not come
@@ -171,9 +176,16 @@ class Engine(threading.Thread):
     def _owner(self, number: int, stop: str | None) -> tuple[Exchange, int]:
         return self.owners.pop(number) if stop else self.owners[number]
 
-    def _tell(self, told: list[tuple[Exchange, int, int, str | None]]) -> None:
-        if told:
-            self._call(self._hear, told)
+    def _tell(self, turn: Iterable[Event]) -> None:
+        """Let the loop hear of tokens, but of those that do not end a text only so often: each time costs what a small
+        model's step does."""
+        for number, token, stop in turn:
+            self.untold.append((*self._owner(number, stop), token, stop))
+            self.urgent |= stop is not None
+        now = time.perf_counter()
+        if self.untold and (self.urgent or now - self.told_at >= PAUSE):
+            self._call(self._hear, self.untold)
+            self.untold, self.urgent, self.told_at = [], False, now
 
     def _call(self, function: Callable, *arguments) -> None:
         """In the loop, which may have ended, or not begun."""

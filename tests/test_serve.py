@@ -64,12 +64,6 @@ class Running:
             document = json.loads(text) if response.headers["content-type"] == "application/json" else text
             return response.status, document, dict(response.headers)
 
-    def stream(self, path: str, body: dict) -> tuple[socket.socket, http.client.HTTPResponse]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request("POST", path, json.dumps(body).encode())
-        sock = connection.sock
-        return sock, connection.getresponse()
-
     def wait_until_free(self) -> None:
         for _ in range(500):
             if self.ask("/health")[1]["running"] == 0 and self.engine.batch.rows == [None] * 4 \
@@ -164,10 +158,10 @@ def test_a_seed_gives_the_same_text_whatever_else_runs(plain):
         while not done.is_set():
             text(None, temperature=random.uniform(0, 2), presence_penalty=random.choice([0, 1]))
 
-    threads = [threading.Thread(target=others) for _ in range(5)]
+    threads = [threading.Thread(target=others) for _ in range(4)]
     for thread in threads:
         thread.start()
-    assert [text(7) for _ in range(8)] == [first] * 8
+    assert [text(7) for _ in range(5)] == [first] * 5
     done.set()
     for thread in threads:
         thread.join()
@@ -254,6 +248,18 @@ def test_a_chat_is_its_template_and_ends_at_a_stop_id(chat, alone):
         assert "".join(choice.delta.content or "" for choice in own) == expected
     short = chat.client.chat.completions.create(model=model, messages=messages, temperature=0, max_completion_tokens=1)
     assert short.choices[0].finish_reason == "length" and short.usage.completion_tokens == 1
+
+
+def test_packets_are_not_held_back(plain):
+    """A piece of a stream that waited for the last one's receipt would come 40 ms late."""
+    accepted = list(plain.server.server_state.connections)
+    connection = http.client.HTTPConnection("127.0.0.1", plain.port, timeout=60)
+    connection.request("POST", C, json.dumps({"prompt": "a", "max_tokens": 1000, "stream": True}).encode())
+    with contextlib.closing(connection), connection.getresponse():
+        fresh = [each for each in plain.server.server_state.connections if each not in accepted]
+        sockets = [each.transport.get_extra_info("socket") for each in fresh]
+        assert sockets and all(each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for each in sockets)
+    plain.wait_until_free()
 
 
 def test_the_model_is_told(plain, chat):
@@ -386,7 +392,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
 NAMES = sorted(FIELDS[True] | FIELDS[False])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(fields=st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), JSON, max_size=6), chatty=st.booleans(),
        sound=st.booleans())
 def test_no_body_is_a_fault_of_the_server(fields, chatty, sound):
@@ -416,7 +422,7 @@ def test_200_clients_at_once_are_all_served(plain):
             async def one(i: int) -> str:
                 kind = i % 20
                 asked = dict(model="demo", prompt=PROMPTS[kind % 5] * (1 + kind % 3), seed=kind,
-                             max_tokens=4 + kind % 7, presence_penalty=kind % 2, temperature=(kind % 4) / 2)
+                             max_tokens=3 + kind % 5, presence_penalty=kind % 2, temperature=(kind % 4) / 2)
                 if i // 20 % 2:
                     return "".join([piece.choices[0].text async for piece in await client.completions.create(
                         **asked, stream=True)])
