@@ -80,7 +80,7 @@ class Choice:
         """What is certain and new: text, and tokens that begin within it, with their places."""
         whole = self.finish is not None and not self.until.met
         ready = [score for score in self.scores if whole or score[0] < self.certain]
-        self.scores = [] if self.finish else self.scores[len(ready):]
+        self.scores = self.scores[len(ready):]
         text, self.text = self.text, ""
         return text, ready
 

@@ -131,6 +131,21 @@ def test_texts_without_a_seed_differ(folder):
     assert len(set(map(tuple, found))) == 5
 
 
+def test_a_first_token_is_chosen_in_its_text_s_own_way_too(folder):
+    """It comes of the prompt's last piece, in caches of one row."""
+    model, _ = g.load_model(folder.write(), "cpu")
+    hot = texts(generate_batch(model, [Request([1, 2, 3], 1, frozenset(), g.Sampling(2.0), i) for i in range(30)], 2,
+                               Varied()))
+    assert len({token for token, in hot}) > 10
+    penalized, free = g.Sampling(0, repetition_penalty=1e6), []
+    prompts_of_all = [torch.randperm(4096)[:300].tolist() for _ in range(20)]
+    found = texts(generate_batch(model, [Request(p, 1, frozenset(), penalized) for p in prompts_of_all], 2, Varied()))
+    for prompt, tokens in zip(prompts_of_all, found, strict=True):
+        assert tokens == list(g.generate(model, prompt, 1, penalized))
+        free.append(list(g.generate(model, prompt, 1, GREEDY)))
+    assert found != free
+
+
 def test_what_a_varied_batch_does_not_give_is_refused(folder):
     model, _ = g.load_model(folder.write(), "cpu")
     together = Batch(model, 1, 256, Varied(50, 3))

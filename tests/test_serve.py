@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 
 import browser
@@ -363,6 +364,22 @@ def test_a_body_that_is_too_large_is_refused_and_not_kept(plain):
         status, document, _ = plain.ask(C, b'{"prompt": "' + b"a" * size + b'"}')
         assert status == 413 and document["error"]["code"] == "body_too_large"
     assert plain.ask("/health")[0] == 200
+
+    class Endless:
+        """A client that would never end."""
+        sent = 0
+
+        async def stream(self):
+            while True:
+                self.sent += 1 << 20
+                yield bytes(1 << 20)
+
+    tracemalloc.start()
+    with pytest.raises(ApiError) as found:
+        asyncio.run(serve.read_body(endless := Endless()))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.value.status == 413 and peak < 3 * serve.MOST_BODY and endless.sent < 17 * serve.MOST_BODY
 
 
 def test_a_template_that_refuses_a_chat_is_a_mistake_of_the_client(chat, monkeypatch):
