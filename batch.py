@@ -10,6 +10,7 @@ between the steps of the others. A free row stands at position 0, where it sees 
 """
 import contextlib
 import itertools
+import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,15 +23,25 @@ import device as machine
 from decoding import PREFILL_CHUNK, Steps, blame, check, chunks, roomy
 from errors import UserError
 from model import Transformer
-from sampling import Sampling, scored
+from sampling import RowOptions, Sampling, Varied, scored
 
 
 @dataclass(frozen=True)
 class Request:
-    """A text to be continued by `max_new_tokens`, or up to a stop id, that included."""
+    """A text to be continued by `max_new_tokens`, or up to a stop id, that included.
+
+    `sampling` and `seed`, 64 bits (None: any), are for a batch that is `Varied`.
+    """
     prompt: Sequence[int]
     max_new_tokens: int = 200
     stop_ids: frozenset[int] = frozenset()
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether `RowOptions.plain` is enough for it."""
+        return not self.sampling.remembers and self.sampling.logprobs is None
 
 
 class Event(NamedTuple):
@@ -49,6 +60,7 @@ class Text:
     known: int = 0  # of these, read by the host
     ended: bool = False
     pieces: Iterator[slice] = field(default_factory=lambda: iter(()))  # of its prompt, those not read yet
+    seed: int = 0
 
 
 @contextlib.contextmanager
@@ -69,14 +81,18 @@ def replaced(model: Transformer, caches: list[nn.Module], text: Tensor | None) -
 class Batch:
     """`rows` texts at a time of at most `length` positions each, prompt and new tokens together; more wait.
 
-    The model's caches are the batch's as long as it is in use. One `sampling` serves all; at temperature 0 a text is
-    what its prompt gives alone, in float32 token for token. Above 0 all rows are drawn in one call from one generator,
+    The model's caches are the batch's as long as it is in use. At temperature 0 a text is what its prompt gives alone,
+    in float32 token for token. One `sampling` serves all: above 0 all rows are drawn in one call from one generator,
     which `seed` sets: the same requests give the same texts again, but a text depends on what is in the batch with it.
+    Or it is `Varied`, and each request has its own, and a seed of its own, with which its text is the same again
+    whatever is in the batch with it; `seed` is not heard then.
+
+    Prompts are read in pieces as `chunks` cuts them with `block`, or the model's own if that is larger.
     Raises UserError for sizes that cannot be.
     """
 
-    def __init__(self, model: Transformer, rows: int, length: int, sampling: Sampling = Sampling(),
-                 steps: Steps = Steps(), seed: int | None = None) -> None:
+    def __init__(self, model: Transformer, rows: int, length: int, sampling: Sampling | Varied = Sampling(),
+                 steps: Steps = Steps(), seed: int | None = None, block: int = 0) -> None:
         if rows < 1:
             raise UserError(f"the batch has {rows} rows; it must have at least 1")
         if length > model.config.max_seq_len:
@@ -84,11 +100,16 @@ class Batch:
         if model.cache_size[0] != rows or model.cache_length < length:
             length = roomy(model, length)
             machine.require_memory((rows + 1) * model.cache_bytes(length), model.device)
-        model.setup_caches(rows, length, int(sampling.remembers))
+        varied = isinstance(sampling, Varied)
+        model.setup_caches(rows, length, int(varied or sampling.remembers))
         self.model, self.steps, self.sizes = model, steps, model.cache_size
-        self.sampling = sampling
-        self.arguments = sampling.arguments(model.config.vocab_size, model.device) | \
-            sampling.more_arguments([0] * rows, model.device)
+        self.sampling, self.block = sampling, max(block, model.block)
+        if varied:  # of the rows, and of a prompt that is being read
+            self.options, self.entrance_options = (
+                RowOptions(sampling, n, model.config.vocab_size, model.device) for n in (rows, 1))
+        else:
+            self.arguments = sampling.arguments(model.config.vocab_size, model.device) | \
+                sampling.more_arguments([0] * rows, model.device)
         self.entrance = model.spare_caches()  # where prompts are read
         self.entrance_text = None if model.text is None else torch.zeros_like(model.text[:1])
         self.waiting: deque[Text] = deque()
@@ -102,14 +123,21 @@ class Batch:
 
     def add(self, request: Request) -> int:
         """Let a request wait for a row; its number, counted from 0. At any time, also between events."""
+        self.check(request)
+        pieces = chunks(0, len(request.prompt), self.block)
+        seed = random.getrandbits(64) if request.seed is None else request.seed
+        self.waiting.append(Text(next(self.numbers), request, pieces=pieces, seed=seed))
+        return self.waiting[-1].number
+
+    def check(self, request: Request) -> None:
+        """Raise UserError for a request that cannot be."""
         check(self.model, request.prompt, request.max_new_tokens)
         length = len(request.prompt) + request.max_new_tokens
         if length > self.model.cache_length:
             raise UserError(f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones need "
                             f"{length} positions; a row of this batch has {self.model.cache_length}")
-        pieces = chunks(0, len(request.prompt), self.model.block)
-        self.waiting.append(Text(next(self.numbers), request, pieces=pieces))
-        return self.waiting[-1].number
+        if isinstance(self.sampling, Varied):
+            self.sampling.check(request.sampling)
 
     def end(self, number: int) -> None:
         """Give a request up, wherever it is: no event of it comes any more. One that has ended is no mistake."""
@@ -121,70 +149,100 @@ class Batch:
         """Every token as it becomes known, until no request is left; call it again after further ones. To be read to
         its end: what a GPU has made ahead of the host would be lost. Raises UserError for logits that are not finite.
         """
+        return itertools.chain.from_iterable(self.turns())
+
+    def turns(self) -> Iterator[Iterator[Event]]:
+        """`events` by steps, each to be read to its end before the next: what one step, or the reading of a piece of a
+        prompt, has given, which may be nothing. Who serves others listens to them in between."""
         assert self.model.cache_size is self.sizes, (self.model.cache_size, self.sizes)  # taken from the batch
         told: deque[list[Text | None]] = deque()  # whose tokens are in each result
         for flat in machine.read_late(self._results(told), self.model.device):
-            texts = told.popleft()
-            width = len(flat) // len(texts)  # above 1 with logprobs
-            tokens = flat if self.sampling.logprobs is None else \
-                [scored(flat[i:i + width]) for i in range(0, len(flat), width)]
-            for text, token in zip(texts, tokens, strict=True):
-                if text is None or text.ended:  # a free row, or tokens made before the end of a text was known
-                    continue
-                if token < 0:
-                    raise UserError(f"the logits are not finite: {blame(self.model)}")
-                text.known += 1
-                stop = "stop_id" if token in text.request.stop_ids else \
-                    "length" if text.known == text.request.max_new_tokens else None
-                if stop:
-                    self._end(text)
-                yield Event(text.number, token, stop)
+            yield self._events(told.popleft(), flat)
+
+    def _events(self, texts: list[Text | None], flat: list[int]) -> Iterator[Event]:
+        width = len(flat) // max(len(texts), 1)  # above 1 with logprobs
+        tokens = flat if width < 2 else [scored(flat[i:i + width]) for i in range(0, len(flat), width)]
+        for text, token in zip(texts, tokens, strict=True):
+            if text is None or text.ended:  # a free row, or tokens made before the end of a text was known
+                continue
+            if token < 0:
+                raise UserError(f"the logits are not finite: {blame(self.model)}")
+            text.known += 1
+            stop = "stop_id" if token in text.request.stop_ids else \
+                "length" if text.known == text.request.max_new_tokens else None
+            if stop:
+                self._end(text)
+            yield Event(text.number, token, stop)
 
     @torch.no_grad()
     def _results(self, told: deque) -> Iterator[Tensor]:
-        """The device side: tokens [1, 1] behind a prompt and [rows, 1] of a step, or what `score` makes of them; in
-        `told` whose they are."""
+        """The device side: tokens [1, 1] behind a prompt, [0] behind a piece of one, and [rows, 1] of a step, or what
+        `score` makes of them; in `told` whose they are."""
         while self.waiting or self.entering or any(self.rows):
             yield from self._enter(told)
             if not any(self.rows):
                 continue
-            token, position, *scores = self.steps.decode(self.model, self.token, self.position, self.arguments)
+            token, position, *scores = self.steps.decode(self.model, self.token, self.position, self._options())
             self.token, self.position = token.clone(), position * self.taken  # copies: a CUDA graph's are overwritten
             told.append(list(self.rows))
             for text in filter(None, told[-1]):
                 self._issued(text)
             yield scores[0].clone() if scores else self.token
 
+    def _options(self) -> dict:
+        """Those of a step for the rows as they are."""
+        if not isinstance(self.sampling, Varied):
+            return self.arguments
+        plain = all(text is None or text.request.plain for text in self.rows)
+        return self.options.plain if plain else self.options.full
+
+    def _entrance_options(self, request: Request) -> dict:
+        """Those for reading a prompt."""
+        if not isinstance(self.sampling, Varied):
+            return self.arguments | self.sampling.more_arguments([len(request.prompt)], self.model.device)
+        return self.entrance_options.plain if request.plain else self.entrance_options.full
+
     def _enter(self, told: deque) -> Iterator[Tensor]:
         """Read prompts into free rows, but no more than a chunk's tokens or so: the others wait for it."""
         read = 0
         while read < PREFILL_CHUNK and (text := self._next()):
-            chunk = next(text.pieces)
-            ids = torch.tensor([text.request.prompt[chunk]], device=self.model.device)
+            chunk, request = next(text.pieces), text.request
+            ids = torch.tensor([request.prompt[chunk]], device=self.model.device)
             positions = torch.arange(chunk.start, chunk.stop, device=self.model.device)[None]
-            own = self.sampling.more_arguments([len(text.request.prompt)], self.model.device)
             with replaced(self.model, self.entrance, self.entrance_text):
-                token, position, *scores = self.steps.prefill(self.model, ids, positions, self.arguments | own)
+                token, position, *scores = self.steps.prefill(self.model, ids, positions,
+                                                              self._entrance_options(request))
             read += ids.shape[1]
-            if chunk.stop < len(text.request.prompt):
+            if chunk.stop < len(request.prompt):
+                told.append([])
+                yield self.token[:0]
                 continue
-            self.entering, row = None, self.rows.index(None)
-            for mixer, cache in zip(self.model.mixers, self.entrance, strict=True):
-                mixer.cache.adopt(row, cache, chunk.stop)
-            if self.model.text is not None:
-                self.model.text[row] = self.entrance_text[0]
-            if self.sampling.remembers:
-                self.arguments["starts"][row] = chunk.stop
-            self.rows[row] = text
-            self.token[row], self.position[row], self.taken[row] = token[0], position[0], 1
             told.append([text])
-            self._issued(text)
+            self._take_row(text, token, position)
             yield scores[0] if scores else token
+
+    def _take_row(self, text: Text, token: Tensor, position: Tensor) -> None:
+        """A text whose prompt was read: its caches, first token and position move into a free row."""
+        self.entering, row = None, self.rows.index(None)
+        length = len(text.request.prompt)
+        for mixer, cache in zip(self.model.mixers, self.entrance, strict=True):
+            mixer.cache.adopt(row, cache, length)
+        if self.model.text is not None:
+            self.model.text[row] = self.entrance_text[0]
+        if isinstance(self.sampling, Varied):
+            self.options.set(row, text.request.sampling, text.seed, length)
+        elif self.sampling.remembers:
+            self.arguments["starts"][row] = length
+        self.rows[row] = text
+        self.token[row], self.position[row], self.taken[row] = token[0], position[0], 1
+        self._issued(text)
 
     def _next(self) -> Text | None:
         """The text whose prompt is to be read on, if there is one and a row for it."""
         if self.entering is None and self.waiting and None in self.rows:
-            self.entering = self.waiting.popleft()
+            text = self.entering = self.waiting.popleft()
+            if isinstance(self.sampling, Varied):
+                self.entrance_options.set(0, text.request.sampling, text.seed, len(text.request.prompt))
         return self.entering
 
     def _issued(self, text: Text) -> None:

@@ -18,7 +18,7 @@ import device as machine
 from aot import compiled
 from errors import UserError
 from model import Transformer
-from sampling import Sampling, distribution, draw, penalize, sample, score, scored
+from sampling import Sampling, distribution, draw, penalize, sample, sample_apart, score, scored
 from speculative import Proposal, Speculation, accept, given_or, greedy, lookup
 from tp import candidates, first_id
 
@@ -32,7 +32,10 @@ def _step(model: Transformer, tokens: Tensor, positions: Tensor, options: dict) 
     x = model.hidden(tokens.clamp_min(0), positions)  # -1 ends a text, but only once it has been read
     whole = model.logits(x[:, -1])
     logits, ids = _candidates(model, _penalized(model, whole[:, None], positions[:, -1:], options)[:, 0], options)
-    token = sample(logits, options["temperature"], options["top_k"], options["top_p"], options["min_p"], ids)
+    if "seed" in options:
+        token = sample_apart(logits, positions[:, -1:] + 1, options, ids)
+    else:
+        token = sample(logits, options["temperature"], options["top_k"], options["top_p"], options["min_p"], ids)
     more = (x,) if options.get("hidden") else ()
     if "logprobs" in options:
         more = (*more, score(candidates(model, whole, None)[0], token, options["logprobs"]))
@@ -53,8 +56,8 @@ def _candidates(model: Transformer, logits: Tensor, options: dict) -> tuple[Tens
 def prefill(model: Transformer, tokens: Tensor, positions: Tensor, options: dict) -> tuple[Tensor, ...]:
     """A chunk of a prompt, [B, S] at [B, S] -> (next token, its position), both [B, 1].
 
-    options: those of `sample` and of `Sampling.more_arguments`; with `hidden` there come hidden states too, [B, S, D],
-    and with `logprobs` what `score` gives.
+    options: those of `sample` and of `Sampling.more_arguments`, or `RowOptions`; with `hidden` there come hidden states
+    too, [B, S, D], and with `logprobs` what `score` gives.
     """
     return _step(model, tokens, positions, options)
 

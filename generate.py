@@ -53,8 +53,8 @@ DEMO_PROMPT = "import argparse\nimport json\n\n\ndef main():\n    "
 
 # -- loading ----------------------------------------------------------------------------------------------------------
 
-def build(config: ModelConfig, device: str, dtype: str, quantize: str | None,
-          mtp: bool = False) -> tuple[Transformer, dict]:
+def build(config: ModelConfig, device: str, dtype: str, quantize: str | None, mtp: bool = False,
+          kv_dtype: str = "auto") -> tuple[Transformer, dict]:
     """The model, or this rank's share, on the meta device, and how it is to be loaded: device, dtype, whether into a
     packed layout, and the whole model if this is a share. `mtp`: with its head for multi-token prediction.
 
@@ -67,7 +67,7 @@ def build(config: ModelConfig, device: str, dtype: str, quantize: str | None,
         config = dataclasses.replace(config, quantization=Quantization(quantize))
     config = dataclasses.replace(config, mtp=mtp)
     where = machine.choose_device(device)
-    weights_dtype = machine.choose_dtype(dtype, config.dtype, where)
+    weights_dtype, caches = machine.choose_dtype(dtype, config.dtype, where), machine.choose_kv_dtype(kv_dtype)
     if where.type == "cpu" and world.size > 1:
         once_per_node(lambda: ops.packs("cpu"))  # built by one
         if ops.packs("cpu"):
@@ -76,6 +76,7 @@ def build(config: ModelConfig, device: str, dtype: str, quantize: str | None,
     with torch.device("meta"):
         model = tp.build(config).eval()
         whole = {"whole": Transformer(config).eval()} if isinstance(model, tp.CutTransformer) else {}
+    model.kv_dtype = caches
     for each in (model, *whole.values()) if config.quantization else ():
         quantize_(each, config.quantization)
     pack = config.quantization is not None and weights_dtype != torch.float32 and ops.packs(where.type)
@@ -83,14 +84,14 @@ def build(config: ModelConfig, device: str, dtype: str, quantize: str | None,
 
 
 def load_model(checkpoint_path: str | Path, device: str = "auto", dtype: str = "auto",
-               quantize: str | None = None, cache_packed: bool = False,
-               mtp: bool = False) -> tuple[Transformer, Tokenizer]:
+               quantize: str | None = None, cache_packed: bool = False, mtp: bool = False,
+               kv_dtype: str = "auto") -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a checkpoint folder or hub repository, ready for `generate`; `quantize` (int8, int4)
     rounds the weights while loading. `cache_packed` keeps them in the folder as a CPU reads them best, for next time;
-    `mtp` takes the checkpoint's head for multi-token prediction along.
+    `mtp` takes the checkpoint's head for multi-token prediction along; `kv_dtype` int8 rounds keys and values.
     """
     folder = resolve_checkpoint(str(checkpoint_path))
-    model, how = build(config_from_dict(read_json(folder / "config.json")), device, dtype, quantize, mtp)
+    model, how = build(config_from_dict(read_json(folder / "config.json")), device, dtype, quantize, mtp, kv_dtype)
     tokenizer = load_tokenizer(folder)
     if cache_packed and not how["pack"]:
         raise UserError("--cache_packed is for quantized weights on a CPU with a C++ compiler, in bf16 or fp16; "
@@ -105,9 +106,9 @@ def load_model(checkpoint_path: str | Path, device: str = "auto", dtype: str = "
 
 
 def load_random(shape: str, device: str = "auto", dtype: str = "auto", seed: int = 0,
-                quantize: str | None = None, mtp: bool = False) -> Transformer:
+                quantize: str | None = None, mtp: bool = False, kv_dtype: str = "auto") -> Transformer:
     """A model of a named shape, or of a config.json, with random weights."""
-    model, how = build(config_of_shape(shape), device, dtype, quantize, mtp)
+    model, how = build(config_of_shape(shape), device, dtype, quantize, mtp, kv_dtype)
     random_weights(model, how["device"], how["dtype"], seed, how["pack"])
     return model
 
@@ -184,9 +185,22 @@ def run_sample(model: Transformer, tokenizer: Tokenizer | None, prompt: list[int
 
 # -- command line -----------------------------------------------------------------------------------------------------
 
+def add_model_options(p: Parser) -> None:
+    """Those that say which model is to be had, and how it runs."""
+    p.add_argument("--checkpoint_path", help="Hugging Face folder, or ORG/NAME on the hub (default: the demo)")
+    p.add_argument("--quantize", metavar="MODE", help=f"round weights while loading: {', '.join(Quantization.MODES)}")
+    p.add_argument("--cache_packed", action="store_true",
+                   help="keep quantized weights beside the checkpoint as a CPU reads them; later starts map that file")
+    p.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default %(default)s)")
+    p.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bf16, fp16 or fp32 (default %(default)s)")
+    p.add_argument("--kv_dtype", default="auto", help="of keys and values: auto (as activations) or int8")
+    p.add_argument("--threads", type=int, help="on a CPU (default: one for each core)")
+    p.add_argument("--compile", action="store_true", help="compile the decode step")
+
+
 def parser() -> Parser:
     p = Parser(prog="generate.py", description="Generate text; the shipped demo if no checkpoint is named.")
-    p.add_argument("--checkpoint_path", help="Hugging Face folder, or ORG/NAME on the hub (default: the demo)")
+    add_model_options(p)
     p.add_argument("--random_weights", metavar="SHAPE",
                    help="no checkpoint: random weights of a named shape (Llama-3.1-8B, ...) or of a config.json")
     p.add_argument("--prompt", action="append", help="text to continue; with --random_weights, a number of synthetic "
@@ -210,13 +224,7 @@ def parser() -> Parser:
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
     p.add_argument("--logprobs", type=int, metavar="N", help="with --json: of each token and the N likeliest")
     p.add_argument("--seed", type=int, default=0, help="sample i uses seed + i (default %(default)s)")
-    p.add_argument("--compile", action="store_true", help="compile the decode step")
     p.add_argument("--compile_prefill", action="store_true", help="compile prefill too (implies --compile)")
-    p.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu (default %(default)s)")
-    p.add_argument("--dtype", default="auto", help="auto (the checkpoint's), bf16, fp16 or fp32 (default %(default)s)")
-    p.add_argument("--kv_dtype", default="auto", help="of keys and values: auto (as activations) or int8")
-    p.add_argument("--threads", type=int, help="on a CPU (default: one for each core)")
-    p.add_argument("--quantize", metavar="MODE", help=f"round weights while loading: {', '.join(Quantization.MODES)}")
     p.add_argument("--draft", "--draft_checkpoint_path", metavar="DRAFT",
                    help="speculate: lookup (in the text so far), self (the model in int4), mtp (its own head for it) "
                         "or a smaller checkpoint")
@@ -224,8 +232,6 @@ def parser() -> Parser:
                    help="tokens drafted at a time, or auto: as many as pay, by measurement (default %(default)s)")
     p.add_argument("--synthetic_acceptance", type=float, metavar="P",
                    help="take drafted tokens with this probability, whatever they are: for speed with random weights")
-    p.add_argument("--cache_packed", action="store_true",
-                   help="keep quantized weights beside the checkpoint as a CPU reads them; later starts map that file")
     p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one more, uncounted, short run")
     p.add_argument("--json", action="store_true", help="end stdout with the numbers as one line of JSON")
     return p
@@ -237,18 +243,14 @@ def name_of(args) -> str:
 
 def load(args) -> tuple[Transformer, Tokenizer | None]:
     """What the options ask for."""
-    kv_dtype = machine.choose_kv_dtype(args.kv_dtype)
     if args.random_weights is None:
-        model, tokenizer = load_model(args.checkpoint_path or DEMO, args.device, args.dtype, args.quantize,
-                                      args.cache_packed, args.draft == "mtp")
-        model.kv_dtype = kv_dtype
-        return model, tokenizer
+        return load_model(args.checkpoint_path or DEMO, args.device, args.dtype, args.quantize, args.cache_packed,
+                          args.draft == "mtp", args.kv_dtype)
     for name in ("checkpoint_path", "cache_packed"):
         if getattr(args, name):
             raise UserError(f"--random_weights and --{name} were both given; give one of them")
-    model = load_random(args.random_weights, args.device, args.dtype, args.seed, args.quantize, args.draft == "mtp")
-    model.kv_dtype = kv_dtype
-    return model, None
+    return load_random(args.random_weights, args.device, args.dtype, args.seed, args.quantize, args.draft == "mtp",
+                       args.kv_dtype), None
 
 
 def speculate(args, model: Transformer, tokenizer: Tokenizer | None) -> Speculation | None:

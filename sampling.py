@@ -68,7 +68,52 @@ class Sampling:
         return found if self.logprobs is None else found | {"logprobs": self.logprobs}
 
 
+@dataclass(frozen=True)
+class Varied:
+    """Each text of a batch has a `Sampling` and a seed of its own, in one step for all of them: a token comes of the
+    `top_k` likeliest at most (None: of all), and `logprobs` alternatives can be told at most."""
+    top_k: int | None = 200
+    logprobs: int = 20
+
+    def check(self, sampling: Sampling) -> None:
+        """Raise UserError for what a text cannot have here."""
+        for name in ("top_k", "logprobs"):
+            asked, most = getattr(sampling, name), getattr(self, name)
+            if asked is not None and most is not None and asked > most:
+                raise UserError(f"{name} is {asked}; allowed here: at most {most}")
+
+
+class RowOptions:
+    """What a step is told of each of some rows under `Varied`: tensors [rows, 1] that are written into as texts come,
+    so that nothing is compiled anew.
+
+    `plain` is enough for rows that want neither penalties nor logarithms; with `full` the others get them. Both give
+    the plain ones the same tokens.
+    """
+
+    def __init__(self, varied: Varied, rows: int, vocab_size: int, device: torch.device) -> None:
+        column = lambda value, dtype: torch.full((rows, 1), value, dtype=dtype, device=device)  # noqa: E731
+        number, whole = torch.float32, torch.int64
+        self.most = vocab_size if varied.top_k is None else min(varied.top_k, vocab_size)
+        self.plain = dict(temperature=column(0, number), top_k=self.most, top_p=column(1, number),
+                          min_p=column(0, number), limit=column(self.most, whole), seed=column(0, whole))
+        self.full = self.plain | dict(penalties=torch.tensor([[1.0, 0.0, 0.0]], device=device).repeat(rows, 1),
+                                      starts=column(0, whole), logprobs=varied.logprobs)
+
+    def set(self, row: int, sampling: Sampling, seed: int, start: int) -> None:
+        """The text of a row has a prompt of `start` tokens, and is to go on like this."""
+        values = dict(temperature=0.0 if sampling.temperature < COLDEST else sampling.temperature,
+                      top_p=1.0 if sampling.top_p is None else sampling.top_p, min_p=sampling.min_p or 0.0,
+                      limit=min(sampling.top_k or self.most, self.most), seed=(seed + 2**63) % 2**64 - 2**63,
+                      starts=start)
+        for name, value in values.items():
+            self.full[name][row] = value
+        for i, name in enumerate(("repetition_penalty", "presence_penalty", "frequency_penalty")):
+            self.full["penalties"][row, i] = getattr(sampling, name)
+
+
 MOST_LOGPROBS = 100
+COLDEST = 1e-5  # a temperature below it is 0: logits over it could overflow
 GROUP = 32  # logits in a group: of 8, 16, 32, 64 and 128 the fastest for k = 200 and 32,000 to 262,144 logits on a CPU
 
 
@@ -90,13 +135,15 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def distribution(logits: Tensor, temperature: Tensor, top_k: int | None, top_p: Tensor | None,
-                 min_p: Tensor | None = None, ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+                 min_p: Tensor | None = None, ids: Tensor | None = None,
+                 limit: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Logits [B, V] to float32 probabilities [B, N] and their token ids [B, N] (None: index is id).
 
     top_k keeps exactly k tokens, ties included; top_p then keeps the smallest set of likeliest tokens whose mass
     reaches p (Holtzman et al. 2020, arXiv 1904.09751), counted after top_k, and min_p those that are at least so many
     times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082). With `ids` [B, n] there are only their
-    logits, [B, n], which is enough if the k largest are among them.
+    logits, [B, n], which is enough if the k largest are among them. With top_k or top_p candidates come in order, the
+    likeliest first; `limit` [B, 1] is then a top_k for each row, of those.
     """
     if top_k is not None:
         logits, places = largest(logits, top_k)  # [B, k], descending
@@ -104,7 +151,10 @@ def distribution(logits: Tensor, temperature: Tensor, top_k: int | None, top_p: 
     elif top_p is not None:
         assert ids is None
         logits, ids = logits.sort(descending=True)
-    probs = (logits.float() / temperature).softmax(-1)
+    scaled = logits.float() / temperature
+    if limit is not None:
+        scaled = scaled.masked_fill(torch.arange(scaled.shape[1], device=scaled.device) >= limit, float("-inf"))
+    probs = scaled.softmax(-1)
     if top_p is not None:
         before = probs.cumsum(-1) - probs  # mass of the likelier ones; 0 for the first, which always stays
         probs = torch.where(before < top_p, probs, 0.0)
@@ -140,19 +190,52 @@ def sample(logits: Tensor, temperature: Tensor | None, top_k: int | None = None,
     return torch.where(logits.isfinite().all(-1, keepdim=True), token, -1)
 
 
+def philox(first: Tensor, second: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Two random numbers of 32 bits for a counter of two and a key, all int64 that broadcast: Philox2x32-10 (Salmon et
+    al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3). Products of halves: one of wholes would overflow, and a C++
+    compiler may take it that none does."""
+    for _ in range(10):
+        low = first * 0xD193
+        high = first * 0xD256 + (low >> 16)
+        first, second = (high >> 16) ^ key ^ second, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+        key = (key + 0x9E3779B9) & 0xFFFFFFFF
+    return first, second
+
+
+def exponential(seed: Tensor, position: Tensor, ids: Tensor) -> Tensor:
+    """Exp(1) for token ids [B, N] of rows with a seed [B, 1] at a position [B, 1], float32: nothing else decides it, so
+    that a text stays the same whatever shares the batch with it."""
+    mask = 0xFFFFFFFF
+    key, low = philox(position, seed >> 32 & mask, seed & mask)
+    bits, _ = philox(ids, low, key)
+    return -torch.log1p(-((bits.float() + 0.5) * 2.0**-32).clamp_max(1 - 2.0**-24))  # finest where it is small
+
+
+def sample_apart(logits: Tensor, position: Tensor, options: dict, ids: Tensor | None = None) -> Tensor:
+    """`sample` with `RowOptions`, for tokens that will stand at position [B, 1]. Rows of temperature 0 are argmax."""
+    greedy = options["temperature"] == 0
+    probs, places = distribution(logits, torch.where(greedy, 1.0, options["temperature"]), options["top_k"],
+                                 options["top_p"], options["min_p"], ids, options["limit"])
+    token = places.gather(-1, (probs / exponential(options["seed"], position, places)).argmax(-1, keepdim=True))
+    largest_one = logits.argmax(-1, keepdim=True)
+    token = torch.where(greedy, largest_one if ids is None else ids.gather(-1, largest_one), token)
+    return torch.where(logits.isfinite().all(-1, keepdim=True), token, -1)
+
+
 # -- what the text so far has to say ----------------------------------------------------------------------------------
 
 def penalize(logits: Tensor, text: Tensor, positions: Tensor, starts: Tensor, penalties: Tensor, first: int) -> Tensor:
     """Logits [B, S, V] of ids from `first` on, less likely by what rows text [B, L] hold up to positions [B, S].
 
-    penalties [3]: `repetition` divides what is above 0 and multiplies what is below for all tokens that are there, the
-    prompt's too (Keskar et al. 2019, arXiv 1909.05858); `presence` is taken from each that was generated, from position
-    starts [B, 1] on, and `frequency` as often as it was (OpenAI's API reference).
+    penalties [3], or [B, 3], each row its own: `repetition` divides what is above 0 and multiplies what is below for
+    all tokens that are there, the prompt's too (Keskar et al. 2019, arXiv 1909.05858); `presence` is taken from each
+    that was generated, from position starts [B, 1] on, and `frequency` as often as it was (OpenAI's API reference).
     """
     slots, ids = torch.arange(text.shape[1], device=text.device), text - first
     known = (slots <= positions[..., None]) & ((ids >= 0) & (ids < logits.shape[-1]))[:, None]  # [B, S, L]
     at = ids.clamp(0, logits.shape[-1] - 1)[:, None].expand_as(known)
-    nothing, (repetition, presence, frequency) = torch.zeros_like(logits, dtype=torch.float32), penalties.unbind()
+    nothing = torch.zeros_like(logits, dtype=torch.float32)
+    repetition, presence, frequency = penalties[..., None, None].unbind(-3)  # [1, 1] or [B, 1, 1]
     there = nothing.scatter_add(2, at, known.float()) > 0
     count = nothing.scatter_add(2, at, (known & (slots >= starts[..., None])).float())
     x = logits.float()

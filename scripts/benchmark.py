@@ -222,11 +222,11 @@ def run(args: Namespace, command: str) -> Iterator[dict]:
     common |= {} if args.kv_dtype == "auto" else {"kv_dtype": args.kv_dtype}
     for quantize in args.quantize:
         def load(**settings) -> Transformer:
-            own = {"device": args.device, "dtype": args.dtype, "quantize": quantize} | settings  # noqa: B023
-            model = load_random(args.random_weights, **own) if args.random_weights else \
-                load_model(args.checkpoint_path or DEMO, **own)[0]
-            model.kv_dtype = machine.choose_kv_dtype(args.kv_dtype)
-            return model
+            own = {"device": args.device, "dtype": args.dtype, "kv_dtype": args.kv_dtype,
+                   "quantize": quantize} | settings  # noqa: B023
+            if args.random_weights:
+                return load_random(args.random_weights, **own)
+            return load_model(args.checkpoint_path or DEMO, **own)[0]
         start = time.perf_counter()
         model = load()
         facts = {"load_s": time.perf_counter() - start}

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import device as machine
 from errors import Parser, UserError, run_command
 from generate import DEMO, load_model
 from model import Transformer
@@ -89,9 +88,7 @@ def main(argv: list[str]) -> None:
         text = args.text.read_text("utf-8")
     except (OSError, ValueError) as e:
         raise UserError(f"--text {args.text} cannot be read as text ({e})") from None
-    kv_dtype = machine.choose_kv_dtype(args.kv_dtype)
-    model, tokenizer = load_model(args.checkpoint_path, args.device, args.dtype, args.quantize)
-    model.kv_dtype = kv_dtype
+    model, tokenizer = load_model(args.checkpoint_path, args.device, args.dtype, args.quantize, kv_dtype=args.kv_dtype)
     reference, other = load_model(args.reference, args.device, args.dtype) if args.reference else (None, tokenizer)
     ids = tokenizer.encode(text)
     if not 2 <= args.window <= model.config.max_seq_len:

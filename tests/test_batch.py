@@ -22,6 +22,7 @@ import prompts
 from batch import Batch, Event, Request, generate_batch
 from errors import UserError
 from prompts import Prompt
+from sampling import Varied
 
 GREEDY = g.Sampling(temperature=0)
 LENGTHS, NEW = (3, 70, 1, 18, 131, 9), (12, 5, 20, 1, 9, 30)
@@ -95,6 +96,104 @@ def test_the_same_seed_gives_the_same_texts_again(folder):
     requests = [Request([1, 2, 3], 9) for _ in range(5)]
     a, b, c = (texts(generate_batch(model, requests, 2, seed=seed)) for seed in (4, 4, 5))
     assert a == b != c and a[0] != a[1]
+
+
+VARIED = [g.Sampling(0), g.Sampling(1.0, None), g.Sampling(0.7, 20, 0.9), g.Sampling(0, repetition_penalty=1.4),
+          g.Sampling(1.2, 50, min_p=0.1, presence_penalty=0.5, logprobs=3), g.Sampling(0, logprobs=2),
+          g.Sampling(2.0, 7)]
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_with_ways_of_its_own_a_text_is_what_its_seed_gives_whatever_is_with_it(late, folder, monkeypatch):
+    monkeypatch.setattr(device, "read_ahead", lambda _: late)
+    model, _ = g.load_model(folder.write(), "cpu")
+    requests = [Request(torch.randint(4096, (n,)).tolist(), new, frozenset(), asked, seed)
+                for n, new, asked, seed in zip((9, 70, 3, 131, 20, 1, 5), (30, 9, 25, 12, 20, 9, 40), VARIED,
+                                               (1, 2, 2**64 - 1, 3, -4, 5, 6), strict=True)]
+    alone = [texts(generate_batch(model, [r], 1, Varied()))[0] for r in requests]
+    for order in (requests, requests[::-1], random.sample(requests, 7)):
+        together = texts(generate_batch(model, order, 3, Varied()))
+        for request, tokens in zip(order, together, strict=True):
+            assert tokens == alone[requests.index(request)]
+            if request.sampling.temperature == 0:  # the same as with one sampling for all
+                other = list(g.generate(model, request.prompt, request.max_new_tokens, request.sampling))
+                assert tokens == other
+                for a, b in zip(tokens, other, strict=True) if request.sampling.logprobs else ():
+                    assert a.logprob == pytest.approx(b.logprob, abs=1e-4) and a.top[0][0] == b.top[0][0]
+    other = [replace(request, seed=77) for request in requests]
+    assert [a == b for a, b in zip(alone, texts(generate_batch(model, other, 3, Varied())), strict=True)] == \
+        [asked.temperature == 0 for asked in VARIED]
+
+
+def test_texts_without_a_seed_differ(folder):
+    model, _ = g.load_model(folder.write(), "cpu")
+    found = texts(generate_batch(model, [Request([1, 2, 3], 9) for _ in range(5)], 2, Varied()))
+    assert len(set(map(tuple, found))) == 5
+
+
+def test_a_first_token_is_chosen_in_its_text_s_own_way_too(folder):
+    """It comes of the prompt's last piece, in caches of one row."""
+    model, _ = g.load_model(folder.write(), "cpu")
+    hot = texts(generate_batch(model, [Request([1, 2, 3], 1, frozenset(), g.Sampling(2.0), i) for i in range(30)], 2,
+                               Varied()))
+    assert len({token for token, in hot}) > 10
+    penalized, free = g.Sampling(0, repetition_penalty=1e6), []
+    prompts_of_all = [torch.randperm(4096)[:300].tolist() for _ in range(20)]
+    found = texts(generate_batch(model, [Request(p, 1, frozenset(), penalized) for p in prompts_of_all], 2, Varied()))
+    for prompt, tokens in zip(prompts_of_all, found, strict=True):
+        assert tokens == list(g.generate(model, prompt, 1, penalized))
+        free.append(list(g.generate(model, prompt, 1, GREEDY)))
+    assert found != free
+
+
+def test_what_a_varied_batch_does_not_give_is_refused(folder):
+    model, _ = g.load_model(folder.write(), "cpu")
+    together = Batch(model, 1, 256, Varied(50, 3))
+    for asked, words in ((g.Sampling(1.0, 51), "top_k is 51.* at most 50"),
+                         (g.Sampling(0, 5, logprobs=4), "logprobs is 4")):
+        with pytest.raises(UserError, match=words):
+            together.add(Request([1], 9, frozenset(), asked))
+
+
+def test_prompts_are_cut_into_few_sizes_where_that_is_asked(folder, monkeypatch):
+    """A matrix library keeps something for each size that it has met."""
+    model, _ = g.load_model(folder.write(), "cpu")
+    sizes = set()
+
+    def prefill(model, tokens, *more):
+        sizes.add(tokens.shape[1])
+        return decoding.prefill(model, tokens, *more)
+
+    requests, alone = ragged(model)
+    together = Batch(model, 2, 512, GREEDY, g.Steps(prefill), block=8)
+    for request in requests:
+        together.add(request)
+    assert texts(together.events()) == alone
+    assert {size for size in sizes if size >= 8} <= {8, 16, 32, 64}
+
+
+def test_who_listens_hears_between_the_pieces_of_a_prompt(folder):
+    """A request may be given up before its first token, though no other text is under way."""
+    model, _ = g.load_model(folder.write(), "cpu")
+    together = Batch(model, 1, 512, GREEDY)
+    number = together.add(Request([1] * 400, 5))
+    turns = together.turns()
+    assert [list(next(turns)) for _ in range(3)] == [[]] * 3
+    together.end(number)
+    assert list(turns) == [] and together.rows == [None]
+
+
+@pytest.mark.parametrize("compiled", ["plain", "full"])
+def test_compiled_steps_serve_rows_with_ways_of_their_own(compiled, folder):
+    """Two packages for all there is to ask, and their tokens are the eager ones."""
+    model, _ = g.load_model(folder.write(), "cpu", "fp32")
+    asked = [s for s in VARIED if compiled == "full" or Request([1], 1, sampling=s).plain]
+    requests = [Request([5, i, 7], 20, frozenset(), s, i) for i, s in enumerate(asked)]
+    steps = g.compiled_steps(model.device)
+    steps = g.Steps(decode=steps.decode)
+    expected = texts(generate_batch(model, requests, 3, Varied()))
+    assert texts(generate_batch(model, requests, 3, Varied(), steps=steps)) == expected
+    assert len(steps.decode.loaded[model]) == (2 if compiled == "full" else 1)
 
 
 def test_compiled_steps_serve_every_row_and_prompt(folder):

@@ -42,7 +42,7 @@ def test_the_library_example_runs(monkeypatch, capsys):
 
 def test_the_file_map_is_the_house():
     listed = set(re.findall(r"^\| `([\w/.]+)` \|", README, re.M))
-    present = {p.name for p in ROOT.glob("*.py")} | {f"scripts/{p.name}" for kind in ("py", "sh")
+    present = {p.name for p in ROOT.glob("*.py")} | {f"scripts/{p.name}" for kind in ("py", "sh", "html")
                                                         for p in ROOT.glob(f"scripts/[a-z]*.{kind}")}
     assert listed == present | {"ops/", "tests/"}
 

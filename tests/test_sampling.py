@@ -3,7 +3,20 @@ import pytest
 import torch
 
 from errors import UserError
-from sampling import Sampling, distribution, largest, penalize, sample, score, scored
+from sampling import (
+    RowOptions,
+    Sampling,
+    Varied,
+    distribution,
+    exponential,
+    largest,
+    penalize,
+    philox,
+    sample,
+    sample_apart,
+    score,
+    scored,
+)
 
 CPU = torch.device("cpu")
 
@@ -114,6 +127,78 @@ def test_impossible_options_are_refused(options):
         Sampling(**options)
 
 
+# -- each row in its own way ------------------------------------------------------------------------------------------
+
+ROWS = [Sampling(1.0, None), Sampling(0), Sampling(0.5, 3), Sampling(2.0, 9, 0.9, 0.1), Sampling(0.8, None, 0.6),
+        Sampling(1.0, 5, min_p=0.3), Sampling(1.0, 1), Sampling(1e-9), Sampling(1.0, None, 1e-9)]
+
+
+def test_random_bits_are_those_of_the_authors():
+    """Random123's kat_vectors for philox2x32, 10 rounds; and digits of pi."""
+    for first, second, key, truth in ((0, 0, 0, (0xFF1DAE59, 0x6CD10DF2)),
+                                      (*[2**32 - 1] * 3, (0x2C3F628B, 0xAB4FD7AD)),
+                                      (0x243F6A88, 0x85A308D3, 0x13198A2E, (0xDD7CE038, 0xF62A4C12))):
+        assert tuple(x.item() for x in philox(*(torch.tensor([x]) for x in (first, second, key)))) == truth
+
+
+@pytest.mark.parametrize("along", ["seed", "high", "position", "ids"])
+def test_noise_is_exponential_whatever_it_is_drawn_along(along):
+    """By seeds, their upper halves, positions and ids, one after the other: even, and unlike its neighbours."""
+    n, start = 100_000, torch.randint(1 << 20, ()).item()
+    counted = torch.arange(start, start + n)[:, None]
+    inputs = {"seed": torch.tensor([[start]]), "position": torch.tensor([[5]]), "ids": torch.tensor([[7]])}
+    inputs |= {"seed": counted << 32} if along == "high" else {along: counted}
+    noise = exponential(**inputs).flatten()
+    assert noise.min() > 0 and noise.isfinite().all()
+    uniform = 1 - (-noise.double()).exp()
+    even = torch.full((50,), 1 / 50, dtype=torch.float64)
+    assert chi_square_p(torch.histc(uniform, 50, 0, 1), even) > 1e-6
+    pairs = (uniform[:-1] * 7).long() * 7 + (uniform[1:] * 7).long()
+    assert chi_square_p(torch.bincount(pairs, minlength=49).double(), torch.full((49,), 1 / 49).double()) > 1e-6
+
+
+@pytest.mark.parametrize("most", [None, 9])
+def test_rows_follow_their_own_distributions_side_by_side(most):
+    """All of them in every call; a position for each draw."""
+    n, size = 20_000, 12
+    logits = torch.randn(len(ROWS), size) * 1.5
+    options = RowOptions(Varied(most), len(ROWS), size, CPU)
+    for i, asked in enumerate(ROWS):
+        options.set(i, asked, torch.randint(2**62, ()).item(), 1)
+    spread = {name: value.repeat_interleave(n, 0) if isinstance(value, torch.Tensor) else value
+              for name, value in options.plain.items()}
+    places = torch.arange(n)[:, None].repeat(len(ROWS), 1)
+    tokens = sample_apart(logits.repeat_interleave(n, 0), places, spread).view(len(ROWS), n)
+    for row, asked, drawn in zip(logits, ROWS, tokens, strict=True):
+        if asked.temperature < 1e-5:
+            assert (drawn == row.argmax()).all()
+            continue
+        truth = exact(row, Sampling(asked.temperature, asked.top_k or most, asked.top_p, asked.min_p))
+        assert chi_square_p(torch.bincount(drawn, minlength=size).double(), truth) > 1e-6
+
+
+def test_a_draw_depends_on_nothing_but_its_own_row():
+    logits = torch.randn(3, 50)
+    options, alone = RowOptions(Varied(20), 3, 50, CPU), RowOptions(Varied(20), 1, 50, CPU)
+    for i, seed in enumerate((-1, 2**63, 7)):
+        options.set(i, Sampling(1.0, 10 + i), seed, 1)
+    places = torch.tensor([[3], [9], [4]])
+    for _ in range(20):
+        places, together = places + 1, sample_apart(logits, places, options.plain)
+        for i, seed in enumerate((-1, 2**63, 7)):
+            alone.set(0, Sampling(1.0, 10 + i), seed, 1)
+            assert sample_apart(logits[i:i + 1], places[i:i + 1] - 1, alone.plain) == together[i]
+
+
+def test_a_row_that_is_not_finite_gives_no_token_and_the_others_do():
+    logits = torch.randn(3, 9)
+    logits[1, 4] = float("nan")
+    options = RowOptions(Varied(5), 3, 9, CPU)
+    options.set(2, Sampling(1.0), 3, 1)
+    tokens = sample_apart(logits, torch.ones(3, 1).long(), options.plain)
+    assert tokens[0] == logits[0].argmax() and tokens[1] == -1 and tokens[2] >= 0
+
+
 # -- what the text so far has to say ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("first, size", [(0, 30), (12, 9)])  # a whole vocabulary, and a rank's part of it
@@ -122,6 +207,8 @@ def test_penalties_are_what_the_text_up_to_each_place_makes_them(first, size):
     positions, starts = torch.tensor([[4, 5, 6], [14, 15, 16]]), torch.tensor([[2], [16]])
     repetition, presence, frequency = 1.7, 0.9, -0.4
     got = penalize(logits, text, positions, starts, torch.tensor([repetition, presence, frequency]), first)
+    mixed = penalize(logits, text, positions, starts, torch.tensor([[1.0, 0.0, 0.0], [1.7, 0.9, -0.4]]), first)
+    assert torch.equal(mixed[0], logits[0]) and torch.equal(mixed[1], got[1])  # a row's own; neutral ones change no bit
     for b in range(2):
         for i in range(3):
             seen = text[b, :positions[b, i] + 1].tolist()
