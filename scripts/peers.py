@@ -81,10 +81,16 @@ class Absent(Exception):
     """A peer that is not here, or cannot hold the case."""
 
 
-def step_bytes(model: Transformer, case: Case) -> float:
+def unrounded(model: Transformer, positions: float) -> float:
+    """Bytes of the caches of so many positions of a peer with this shape, which has no int8."""
+    return sum(mixer.cache_bytes(positions, model.dtype, model.dtype) for mixer in model.mixers)
+
+
+def step_bytes(model: Transformer, case: Case, ours: bool = True) -> float:
     """Bytes of weights and caches that a step reads, on average over the tokens that are made."""
     attended = case.depth + case.prompt_length + case.new_tokens / 2
-    return model.weight_bytes_per_token(case.batch) + case.batch * model.cache_bytes(attended)
+    caches = model.cache_bytes(attended) if ours else unrounded(model, attended)
+    return model.weight_bytes_per_token(case.batch) + case.batch * caches
 
 
 def prefill_operations(model: Transformer, case: Case) -> int:
@@ -178,7 +184,7 @@ def transformers(floats: Transformer, case: Case, compile: bool) -> Iterator[Sys
     for name, settings in {"eager": {}, "compiled": static}.items():
         if name == "eager" or compile:
             yield System(f"transformers {name}", functools.partial(run_transformers, peer, prompts, case, **settings),
-                         step_bytes(floats, case), short(floats.dtype), None, {"version": __version__})
+                         step_bytes(floats, case, False), short(floats.dtype), None, {"version": __version__})
 
 
 # -- llama.cpp --------------------------------------------------------------------------------------------------------
@@ -232,7 +238,7 @@ def llama_cpp(model: Transformer, exact: Callable[[], Transformer], case: Case, 
         export(exact(), None, file)
     attended = case.depth + case.prompt_length + case.new_tokens / 2
     options = INT8_CACHES if model.kv_dtype == torch.int8 else []
-    cache = model.cache_bytes(attended) * (1 if options else 2 / model.dtype.itemsize)  # else its own is float16
+    cache = model.cache_bytes(attended) if options else unrounded(model, attended) * 2 / model.dtype.itemsize  # float16
     _, found = run_llama_bench(program, file, Case(1, 2), gpu, options)
     theirs = {"int8": "Q8_0", "int4": "Q4_0, head Q8_0", "int4-pure": "Q4_0"}
     yield System("llama.cpp", lambda: run_llama_bench(program, file, case, gpu, options)[0],
@@ -294,7 +300,7 @@ def gpt_fast(model: Transformer, case: Case, folder: str | None) -> Iterator[Sys
                         dtype=short(model.dtype), batch=case.batch, prompt=case.prompts(c.vocab_size)[0],
                         new_tokens=case.new_tokens))
     said = peer.ask()
-    yield System("gpt-fast", lambda: peer.run(case), said["bytes"] + case.batch * model.cache_bytes(case.length),
+    yield System("gpt-fast", lambda: peer.run(case), said["bytes"] + case.batch * unrounded(model, case.length),
                  short(model.dtype), mode, {"version": Path(folder).resolve().name}, peer.close)
 
 
