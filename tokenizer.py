@@ -236,7 +236,7 @@ class Stream:
 
 
 class Stops:
-    """Text up to the first of some strings; what may be the beginning of one of them waits for more."""
+    """Text up to the one of some strings that is complete first; what may be the beginning of one waits for more."""
 
     def __init__(self, strings: Sequence[str] = ()) -> None:
         self.strings, self.held, self.met = [string for string in strings if string], "", False
@@ -244,8 +244,8 @@ class Stops:
     def push(self, piece: str) -> str:
         """What of the text so far, and not given yet, belongs to it for certain. `met`: nothing more will."""
         text = self.held + piece
-        if self.met or (places := [at for string in self.strings if (at := text.find(string)) >= 0]):
-            text, self.held, self.met = "" if self.met else text[:min(places)], "", True
+        if self.met or (ends := [(at + len(string), at) for string in self.strings if (at := text.find(string)) >= 0]):
+            text, self.held, self.met = "" if self.met else text[:min(ends)[1]], "", True
             return text
         most = max(map(len, self.strings), default=1) - 1
         start = next((i for i in range(max(len(text) - most, 0), len(text))

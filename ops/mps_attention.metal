@@ -47,17 +47,18 @@ struct Row {
 };
 
 // One position's key and value with their scales, for a row that sees it.
-inline void take(thread Row& row, thread const Part& key, thread const Part& value, float2 scales) {
+inline void take(thread Row& row, thread const Part& key, thread const Part& value, float key_scale,
+                 float value_scale) {
   float inner = 0;
   UNROLL for (uint i = 0; i < PER; i++) {
     inner += row.query.of[i] * key.of[i];
   }
-  const float score = simd_sum(inner) * scales.x, largest = max(row.largest, score);
+  const float score = simd_sum(inner) * key_scale, largest = max(row.largest, score);
   const float keep = exp2(row.largest - largest), weight = exp2(score - largest);
   row.largest = largest;
   row.total = row.total * keep + weight;
   UNROLL for (uint i = 0; i < PER; i++) {
-    row.sum.of[i] = row.sum.of[i] * keep + weight * scales.y * value.of[i];
+    row.sum.of[i] = row.sum.of[i] * keep + weight * value_scale * value.of[i];
   }
 }
 
@@ -101,10 +102,11 @@ kernel void attend(device const X* q, device const CACHED* k, device const CACHE
   for (uint i = at.z * share + simd_number; i < last; i += SIMDGROUPS) {
     const uint p = first + i, slot = first_slot + i < L ? first_slot + i : first_slot + i - L;
     const Part key = part_of(k + slot * E, lane), value = part_of(v + slot * E, lane);
-    const float2 scales = ROUNDED ? float2(k_scale[head * L + slot], v_scale[head * L + slot]) : float2(1);
+    const float key_scale = ROUNDED ? k_scale[head * L + slot] : 1.0f;
+    const float value_scale = ROUNDED ? v_scale[head * L + slot] : 1.0f;
     UNROLL for (uint r = 0; r < ROWS; r++) {
       if (p <= row[r].position && (W == 0 || p + W > row[r].position)) {
-        take(row[r], key, value, scales);
+        take(row[r], key, value, key_scale, value_scale);
       }
     }
   }

@@ -66,8 +66,8 @@ def test_attention_equals_its_reference(attend, dtype, S, E, window):
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("S", [1, 2, 5, 16])
-@pytest.mark.parametrize("E", [8, 16, 64, 80, 100, 256])
+@pytest.mark.parametrize("S", [1, 5])
+@pytest.mark.parametrize("E", [8, 64, 100, 256])
 @pytest.mark.parametrize("window", [None, 20])
 def test_attention_over_int8_rounds_queries_to_8_bits_and_else_next_to_nothing(attend, dtype, S, E, window):
     q, k, v, positions = random_call(S, E, window, torch.float32)

@@ -15,7 +15,7 @@ FLAGS = ["-x", "c++", "-std=c++17", "--target=aarch64-linux-gnu", "-ffreestandin
          "-I", str(LINT)]  # that target has 16-bit floats in all versions; warnings differ from one to the next
 # what ops/mps.py may define for each file
 MACROS = {"mps.metal": dict(ROWS=[4], XROWS=[1, 4]),
-          "mps_attention.metal": dict(E=[64, 80, 256], ROWS=[1, 4], SIMDGROUPS=[16]),
+          "mps_attention.metal": dict(E=[64, 80, 256], ROWS=[1, 4], SIMDGROUPS=[16], ROUNDED=[0, 1]),
           "mps_delta.metal": dict(KEY=[128], VALUE=[128], TAPS=[4], PARTS=[8])}
 TEXTS = {name: (ROOT / "ops" / name).read_text() for name in MACROS}
 

@@ -81,8 +81,16 @@ def test_a_damaged_tokenizer_is_one_clear_line(name, content, tmp_path):
 def test_a_text_ends_before_the_first_stop_however_it_is_cut(pieces, strings):
     stops, text = Stops(strings), "".join(pieces)
     given = [stops.push(piece) for piece in pieces] + [stops.flush()]
-    first = min((at for string in strings if (at := text.find(string)) >= 0), default=len(text))
+    ends = [(at + len(string), at) for string in strings if (at := text.find(string)) >= 0]
+    first = min(ends)[1] if ends else len(text)  # the one that is complete first, however it began
     assert "".join(given) == text[:first] and stops.met == any(string in text for string in strings)
+
+
+def test_of_two_stops_the_one_that_is_complete_first_counts():
+    """However tokens cut the text: nobody waits for the rest of a longer one that began before."""
+    for pieces in (["b", "\n\n", "a"], ["b\n\na"]):
+        stops = Stops(["\n", "b\n\na"])
+        assert "".join(map(stops.push, pieces)) == "b" and stops.met
 
 
 def test_text_that_begins_no_stop_is_given_at_once():
