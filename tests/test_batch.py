@@ -184,17 +184,15 @@ def test_who_listens_hears_between_the_pieces_of_a_prompt(folder):
     assert list(turns) == [] and together.rows == [None]
 
 
-@pytest.mark.parametrize("compiled", ["plain", "full"])
-def test_compiled_steps_serve_rows_with_ways_of_their_own(compiled, folder):
+def test_compiled_steps_serve_rows_with_ways_of_their_own(folder):
     """Two packages for all there is to ask, and their tokens are the eager ones."""
     model, _ = g.load_model(folder.write(), "cpu", "fp32")
-    asked = [s for s in VARIED if compiled == "full" or Request([1], 1, sampling=s).plain]
-    requests = [Request([5, i, 7], 20, frozenset(), s, i) for i, s in enumerate(asked)]
+    requests = [Request([5, i, 7], 20, frozenset(), s, i) for i, s in enumerate(VARIED)]
     steps = g.compiled_steps(model.device)
     steps = g.Steps(decode=steps.decode)
     expected = texts(generate_batch(model, requests, 3, Varied()))
     assert texts(generate_batch(model, requests, 3, Varied(), steps=steps)) == expected
-    assert len(steps.decode.loaded[model]) == (2 if compiled == "full" else 1)
+    assert len(steps.decode.loaded[model]) == 2
 
 
 def test_compiled_steps_serve_every_row_and_prompt(folder):
