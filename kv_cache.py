@@ -49,8 +49,8 @@ class KVCache(nn.Module):
         kinds = {"k": ((*shape, config.head_dim), kv_dtype), "v": ((*shape, config.head_dim), kv_dtype)}
         if kv_dtype == torch.int8:
             kinds |= {"k_scale": (shape, torch.float32), "v_scale": (shape, torch.float32)}
-        turn, self.gain = hadamard(config.head_dim)
-        self.register_buffer("turn", turn.to(device, dtype) if kv_dtype == torch.int8 else None, persistent=False)
+        turn, self.gain = hadamard(config.head_dim) if kv_dtype == torch.int8 else (None, 1.0)
+        self.register_buffer("turn", None if turn is None else turn.to(device, dtype), persistent=False)
         for name, (size, kind) in kinds.items():
             self.register_buffer(name, torch.zeros(size, dtype=kind, device=device), persistent=False)
         self.held = tuple(kinds)

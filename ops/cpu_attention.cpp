@@ -89,12 +89,6 @@ template <typename C> INLINE Query<C> query_piece(Bytes v) {
   else return widen<C>(v);
 }
 
-// Piece number `piece` of a head of E numbers, zeros behind them.
-template <typename C, bool WHOLE> INLINE Bytes load_piece(int64_t E, const C* p, int64_t piece) {
-  if constexpr (WHOLE) return load<Bytes>(p + piece * PIECE<C>);
-  else return load_lanes(p + piece * PIECE<C>, std::min<int64_t>(LANES, (E - piece * PIECE<C>) * sizeof(C) / 4));
-}
-
 template <typename C> INLINE Floats add_products(Floats sum, const Query<C>& a, const Query<C>& b) {
   if constexpr (PAIRED<C>) return add_pairs(sum, a, b);
   else {

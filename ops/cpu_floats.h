@@ -70,6 +70,12 @@ INLINE Floats widen_half(Bytes v, int half) {
 }
 #endif
 
+// Piece number `piece` of a head of E numbers, zeros behind them.
+template <typename C, bool WHOLE> INLINE Bytes load_piece(int64_t E, const C* p, int64_t piece) {
+  if constexpr (WHOLE) return load<Bytes>(p + piece * PIECE<C>);
+  else return load_lanes(p + piece * PIECE<C>, std::min<int64_t>(LANES, (E - piece * PIECE<C>) * sizeof(C) / 4));
+}
+
 // A piece in float32. Of bfloat16 the even numbers come first, then the odd ones: that takes no shuffle.
 template <typename T> struct Wide { Floats at[WIDE<T>]; };
 

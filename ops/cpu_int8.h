@@ -36,11 +36,6 @@ template <typename T> void round_query(const T* row, int64_t E, int64_t pieces, 
   }
 }
 
-template <bool WHOLE> INLINE Bytes load_bytes(const int8_t* p, int64_t E, int64_t piece) {
-  if constexpr (WHOLE) return load<Bytes>(p + piece * WIDTH);
-  else return load_lanes(p + piece * WIDTH, std::min<int64_t>(LANES, (E - piece * WIDTH) / 4));
-}
-
 // Rows q [ROWS][pieces] by KEYS keys -> sums [ROWS][KEYS], to be multiplied by both scales.
 template <int ROWS, int KEYS, bool WHOLE>
 INLINE Floats multiply_keys(const Bytes* q, const Start8* start, const int8_t* const* key, int64_t E, int64_t pieces) {
@@ -48,7 +43,7 @@ INLINE Floats multiply_keys(const Bytes* q, const Start8* start, const int8_t* c
   UNROLL for (int i = 0; i < ROWS * KEYS; i++) sums[i] = start[i / KEYS].sum;
   ROLLED for (int64_t piece = 0; piece < pieces; piece++)
     UNROLL for (int i = 0; i < KEYS; i++) {
-      Bytes x = load_bytes<WHOLE>(key[i], E, piece) ^ (uint8_t)OFFSET;  // the same as + OFFSET
+      Bytes x = load_piece<int8_t, WHOLE>(E, key[i], piece) ^ (uint8_t)OFFSET;  // the same as + OFFSET
       UNROLL for (int r = 0; r < ROWS; r++) sums[r * KEYS + i] = dot(sums[r * KEYS + i], x, q[r * pieces + piece]);
     }
   return __builtin_convertvector(totals(sums), Floats);
@@ -79,7 +74,8 @@ INLINE void add_values8(const int16_t* words, int64_t block, const float* unit, 
   Ints acc[ROWS][4] = {};
   ROLLED for (int64_t j = 0; j < n; j += 2) {  // behind the last comes a word of zero
     fetch(ahead, j * E, 2 * E);
-    Bytes a = load_bytes<WHOLE>(v + j * E, E, piece), b = load_bytes<WHOLE>(v + std::min(j + 1, n - 1) * E, E, piece);
+    Bytes a = load_piece<int8_t, WHOLE>(E, v + j * E, piece);
+    Bytes b = load_piece<int8_t, WHOLE>(E, v + std::min(j + 1, n - 1) * E, piece);
     Ints a_even = (Ints)((Shorts)((Words)a << 8) >> 8), a_odd = (Ints)((Shorts)a >> 8);
     Ints b_even = (Ints)((Shorts)((Words)b << 8) >> 8), b_odd = (Ints)((Shorts)b >> 8);
     const Ints pairs[4] = {(a_even & 0xffff) | (b_even << 16), (a_odd & 0xffff) | (b_odd << 16),
