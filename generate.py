@@ -37,7 +37,7 @@ from drafts import LookupDraft, ModelDraft, MultiTokenDraft, SelfDraft, int4_cop
 from errors import Parser, UserError, run_command
 from families import config_from_dict, config_of_shape
 from loader import load_weights, random_weights
-from metrics import Sample, describe, measure, report
+from metrics import Growing, Sample, describe, report
 from model import Transformer
 from pace import Pace
 from packed import map_packed, packed_file, save_packed
@@ -45,7 +45,7 @@ from prompts import Prompt
 from quantize import quantize_
 from sampling import Sampling
 from speculative import Speculation
-from tokenizer import Stops, Stream, Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 DEMO = Path(__file__).parent / "checkpoints" / "demo"
 DEMO_PROMPT = "import argparse\nimport json\n\n\ndef main():\n    "
@@ -148,33 +148,27 @@ def run_sample(model: Transformer, tokenizer: Tokenizer | None, prompt: list[int
                echo: bool = True, stop_strings: Sequence[str] = (), **options) -> Sample:
     """Generate once, streaming the prompt (if `echo`) and its continuation, up to any of `stop_strings`, to `write`;
     Ctrl-C ends it and keeps the numbers. `options` are those of `generate`."""
-    stream, stops = (Stream(tokenizer, prompt), tokenizer.stop_ids) if tokenizer else (None, frozenset())
-    tokens, times, pieces, stop, waited, until = [], [], [], "length", 0.0, Stops(stop_strings)
+    text, stops = Growing(tokenizer, prompt, stop_strings), tokenizer.stop_ids if tokenizer else frozenset()
+    stop, waited = "length", 0.0
     machine.synchronize(model.device)
     start = time.perf_counter()
     try:
         for token in generate(model, prompt, stop_ids=stops, **options):
-            times.append(time.perf_counter())
-            if not tokens:  # not before: an error line should not follow half a text
+            piece = text.push(token)
+            if len(text.tokens) == 1:  # not before: an error line should not follow half a text
                 waited = world.seconds
                 write(tokenizer.decode(prompt) if tokenizer and echo else "")
-            tokens.append(token)
+            write(piece)
             if token in stops:
                 stop = "stop_id"
-            pieces.append(until.push(stream.push(token) if stream else f"{token} "))
-            write(pieces[-1])
-            if until.met:
+            if text.until.met:
                 break
     except KeyboardInterrupt:
         if world.size > 1:  # ranks were stopped at different tokens, and cannot go on together
             raise
         stop = "interrupt"
-    pieces.append(until.push(stream.flush() if stream else "") + until.flush())
-    write(pieces[-1])
-    stop = "stop_string" if until.met else stop
-    sample = measure(model, prompt, tokens, "".join(pieces), stop, start, times, options.get("cached", 0))
-    if options.get("sampling", Sampling()).logprobs is not None:
-        sample.logprobs = [{"logprob": token.logprob, "top": token.top} for token in tokens]
+    write(text.close())
+    sample, times = text.sample(model, stop, start, options.get("cached", 0)), text.times
     if world.seconds > waited and len(times) > 1:
         sample.sums_pct = 100 * (world.seconds - waited) / (times[-1] - times[0])
     if options.get("speculation"):

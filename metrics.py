@@ -1,7 +1,9 @@
-"""The numbers of a run: times of tokens to rates, rates to bytes over the machine's bandwidth, and who is told."""
+"""A text as it grows, and the numbers of a run: times of tokens to rates, rates to bytes over the machine's bandwidth,
+and who is told."""
 import dataclasses
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ import torch
 import device as machine
 from collectives import world
 from model import Transformer
+from sampling import Scored
+from tokenizer import Stops, Stream, Tokenizer
 
 
 @dataclass
@@ -50,6 +54,44 @@ def measure(model: Transformer, prompt: list[int], tokens: list[int], text: str,
         decode_tok_s=1 / per_token if per_token else None,
         ms_per_token=per_token * 1e3 if per_token else None, bytes_per_token=moved,
         gb_s=moved / per_token / 1e9 if per_token else None)
+
+
+class Growing:
+    """The continuation of a prompt up to any of `stop_strings`, as its tokens come, each with its time. Without a
+    tokenizer it is the ids. `shown`: to be read as it grows; else, unless strings may end it, in one go at its end."""
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stop_strings: Sequence[str] = (),
+                 shown: bool = True) -> None:
+        self.prompt, self.tokens, self.times, self.text = list(prompt), [], [], ""
+        self.stream, self.until = Stream(tokenizer, prompt) if tokenizer else None, Stops(stop_strings)
+        self.shown = shown or bool(self.until.strings)
+
+    def push(self, token: int) -> str:
+        """What is readable and certain now, and was not before. `until.met`: the text has ended."""
+        self.tokens.append(token)
+        self.times.append(time.perf_counter())
+        if self.stream is None:
+            return self._add(f"{token} ")
+        if self.shown:
+            return self._add(self.until.push(self.stream.push(token)))
+        self.stream.ids.append(token)
+        return ""
+
+    def close(self) -> str:
+        """The rest, at the end."""
+        return self._add(self.until.push(self.stream.flush() if self.stream else "") + self.until.flush())
+
+    def _add(self, piece: str) -> str:
+        self.text += piece
+        return piece
+
+    def sample(self, model: Transformer, stop: str, start: float, cached: int = 0) -> Sample:
+        """Its numbers; `stop` is why it ended, if not at a string, and the rest as in `measure`."""
+        sample = measure(model, self.prompt, self.tokens, self.text, "stop_string" if self.until.met else stop, start,
+                         self.times, cached)
+        if any(isinstance(token, Scored) for token in self.tokens):
+            sample.logprobs = [{"logprob": token.logprob, "top": token.top} for token in self.tokens]
+        return sample
 
 
 def describe(sample: Sample) -> str:

@@ -24,10 +24,10 @@ from batch import Batch, Request
 from collectives import world
 from decoding import Steps, check
 from errors import UserError
-from metrics import Sample, measure
+from metrics import Growing, Sample
 from model import Transformer
 from sampling import Sampling
-from tokenizer import Stops, Stream, Tokenizer
+from tokenizer import Tokenizer
 
 ROWS = 8  # of a batch, unless more or fewer are asked for
 KEYS = {"prompt": str, "id": str | int, "max_new_tokens": int}
@@ -209,7 +209,7 @@ def run(batch: Batch, tokenizer: Tokenizer | None, asked: Sequence[Prompt], want
     Texts go to `output` if that is a file, and else to `write`. Times to the first token hold the wait for a row.
     """
     numbers = {batch.add(request): i for i, request in enumerate(wanted)}
-    texts = [Growing(tokenizer, request.prompt, stop_strings) for request in wanted]
+    texts = [Growing(tokenizer, request.prompt, stop_strings, shown=False) for request in wanted]
     sink = Lines(output) if output is not None and world.rank == 0 else Printed(write)
     hidden = not sys.stderr.isatty() or (output is None and sys.stdout.isatty())  # a bar between the texts helps nobody
     samples, interrupted = [], False
@@ -219,7 +219,8 @@ def run(batch: Batch, tokenizer: Tokenizer | None, asked: Sequence[Prompt], want
         with tqdm(total=len(wanted), unit="text", disable=hidden) as bar:
             for number, token, stop in batch.events():
                 i = numbers[number]
-                if met := texts[i].push(token):
+                texts[i].push(token)
+                if met := texts[i].until.met:
                     batch.end(number)
                 if met or stop:
                     sample = one_of_several(batch, i, texts[i], stop, start)
@@ -238,39 +239,12 @@ def run(batch: Batch, tokenizer: Tokenizer | None, asked: Sequence[Prompt], want
         "seconds": seconds, "new_tokens": new, "tok_s": new / seconds}
 
 
-class Growing:
-    """A text that is being generated. It is read as it grows only if some strings may end it."""
-
-    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
-        self.prompt, self.tokens, self.times, self.text = list(prompt), [], [], ""
-        self.stream, self.until = Stream(tokenizer, prompt) if tokenizer else None, Stops(stop_strings)
-
-    def push(self, token: int) -> bool:
-        """Whether the text ends here, at one of the strings."""
-        self.tokens.append(token)
-        self.times.append(time.perf_counter())
-        if self.until.strings and self.stream:
-            self.text += self.until.push(self.stream.push(token))
-        elif self.stream:
-            self.stream.ids.append(token)
-        return self.until.met
-
-    def close(self) -> str:
-        """The whole text; without a tokenizer, the ids."""
-        if self.stream is None:
-            return "".join(f"{token} " for token in self.tokens)
-        self.text += self.until.push(self.stream.flush()) + self.until.flush()
-        return self.text
-
-
 def one_of_several(batch: Batch, index: int, text: Growing, stop: str | None, start: float) -> Sample:
     """The numbers of a text that shared its steps: rates are its own, and a token has its share of the weights' bytes,
     as if all rows were taken. No rate of reading: prompts wait for rows, and rows for each other's prompts."""
-    model, rows, whole = batch.model, len(batch.rows), text.close()
-    sample = measure(model, text.prompt, text.tokens, whole, "stop_string" if text.until.met else stop, start,
-                     text.times)
+    model, rows = batch.model, len(batch.rows)
+    text.close()
+    sample = text.sample(model, stop, start)
     sample.bytes_per_token += round(model.weight_bytes_per_token(rows) / rows) - model.weight_bytes_per_token()
     sample.index, sample.prefill_tok_s, sample.gb_s = index, None, None
-    if batch.sampling.logprobs is not None:
-        sample.logprobs = [{"logprob": token.logprob, "top": token.top} for token in text.tokens]
     return sample

@@ -307,10 +307,12 @@ def test_a_continuation_keeps_the_space_it_begins_with():
     words = ["def", " f", "(a,", " b", ")"]
     dropping = SimpleNamespace(decode=lambda ids: "".join(words[i] for i in ids).removeprefix(" "))
     for i in range(6):
-        for strings in ((), ("never",)):  # which is read as it grows
-            text = prompts.Growing(dropping, range(i), strings)
-            assert not any(text.push(word) for word in range(i, 5))
-            assert dropping.decode(range(i)) + text.close() == "def f(a, b)"
+        for strings, shown in (((), True), ((), False), (("never",), False)):
+            text = metrics.Growing(dropping, range(i), strings, shown)
+            pieces = [text.push(word) for word in range(i, 5)]
+            assert any(pieces) == ((shown or bool(strings)) and i < 5)
+            assert dropping.decode(range(i)) + "".join([*pieces, text.close()]) == "def f(a, b)"
+            assert text.text == "def f(a, b)".removeprefix(dropping.decode(range(i))) and not text.until.met
 
 
 def test_a_file_of_prompts_becomes_a_file_of_texts(command, tmp_path):
