@@ -23,6 +23,9 @@ from errors import UserError
 OLDEST_TORCH = (2, 11)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
           "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# A CPU's matrix library makes code for each size of its matrices, and keeps the last 1024. What is made again leaves
+# something behind, and a process that reads prompts of many lengths grew by it. It asks for this when it is first used.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
 PROBE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30, "mps": 1 << 30}  # well past any cache (server L3: 0.3 GB)
 
 

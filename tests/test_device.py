@@ -1,8 +1,12 @@
-"""As many threads as there are cores for this process, and never more than its CPUs."""
+"""As many threads as there are cores for this process, and never more than its CPUs; no code is made twice."""
 import os
+import subprocess
+import sys
+from collections import Counter
 
 import pytest
 import torch
+from conftest import ROOT
 
 import device
 from errors import UserError
@@ -48,3 +52,24 @@ def test_more_threads_than_cpus_are_refused(module, command):
     import importlib
     code, _, err = command(importlib.import_module(module).main, "--threads", "4096")
     assert code == 2 and "--threads is 4096; allowed: 1 to" in err and err.count("\n") == 1
+
+
+MANY_SIZES = """
+import torch, device
+weight = torch.ones(16, 16, dtype=torch.bfloat16)
+for i in range(2):
+    for n in range(1, 1201):
+        torch.nn.functional.linear(torch.ones(n, 16, dtype=torch.bfloat16), weight)
+    print("AGAIN", flush=True)
+"""
+
+
+def test_the_matrix_library_keeps_what_it_made_for_prompts_of_many_lengths():
+    """1024 sizes are its own limit; what it makes again leaves something behind."""
+    run = subprocess.run([sys.executable, "-c", MANY_SIZES], cwd=ROOT, capture_output=True, text=True, check=True,
+                         env=os.environ | {"ONEDNN_VERBOSE": "profile_create"})
+    first, second, _ = (Counter(line.split(",")[3] for line in part.splitlines()
+                                if "create:cache_" in line) for part in run.stdout.split("AGAIN"))
+    if not first:
+        pytest.skip("PyTorch multiplies with another library here")
+    assert second["create:cache_hit"] == first["create:cache_miss"] > 1024 and not second["create:cache_miss"]
