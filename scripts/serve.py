@@ -22,8 +22,6 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import torch
-
 import device as machine
 import prompts
 from batch import Batch, Request
@@ -36,6 +34,7 @@ from sampling import Sampling, Varied
 from scripts.engine import Engine, Exchange, Failed, Full
 from scripts.openai_requests import ApiError, Served, longest_piece
 from scripts.openai_responses import Answer, Speller, event
+from scripts.rows import check
 
 PAGE = Path(__file__).with_name("chat.html")
 MOST_BODY = 4 << 20  # bytes of a request
@@ -322,14 +321,19 @@ def make_batch(args, model: Transformer, length: int) -> Batch:
 
 
 def load(args, hosts: frozenset[str] | None) -> Service:
-    """The model, warm, and its engine, running."""
-    threads = machine.choose_threads(args.threads)
-    torch.set_num_threads(threads)
-    model, tokenizer = load_model(args.checkpoint_path or DEMO, args.device, args.dtype, args.quantize,
-                                  args.cache_packed, kv_dtype=args.kv_dtype)
-    length = args.max_length or min(model.config.max_seq_len, 4096)
-    engine = Engine(lambda: make_batch(args, model, length), args.max_waiting, threads)
-    engine.begin()
+    """The model, warm, and its engine, running. Loading, too, is the engine's: each thread that ever used several cores
+    keeps helpers, and where these are more than cores they sleep between kernels: steps would take 4 times as long.
+    """
+    threads, tokenizer = machine.choose_threads(args.threads), None
+
+    def make() -> Batch:
+        nonlocal tokenizer
+        model, tokenizer = load_model(args.checkpoint_path or DEMO, args.device, args.dtype, args.quantize,
+                                      args.cache_packed, kv_dtype=args.kv_dtype)
+        return make_batch(args, model, args.max_length or min(model.config.max_seq_len, 4096))
+
+    engine = Engine(make, args.max_waiting, threads)
+    model = engine.begin().model
     size = model.config.vocab_size
     served = Served(args.checkpoint_path or "demo", tokenizer, model.cache_length, size, engine.batch.sampling,
                     args.batch_size + args.max_waiting, longest_piece(tokenizer, size))
@@ -361,9 +365,7 @@ def require(args) -> None:
     for package in ("starlette", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"the package {package} is not installed; pip install -r requirements-serve.txt")
-    for name, least in (("port", 0), ("batch_size", 1), ("max_waiting", 0), ("max_length", 2), ("top_k", 1)):
-        if (value := getattr(args, name)) is not None and value < least:
-            raise UserError(f"--{name} is {value}; it must be at least {least}")
+    check(args, port=0, batch_size=1, max_waiting=0, max_length=2, top_k=1)
     if args.port > 65535:
         raise UserError(f"--port is {args.port}; it must be at most 65535")
     if world.size > 1:

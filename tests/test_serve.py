@@ -589,6 +589,21 @@ def test_a_missing_package_is_one_line(package, command, monkeypatch):
     assert code == 2 and "requirements-serve.txt" in err and err.count("\n") == 1
 
 
+def test_one_thread_does_all_that_a_model_does(monkeypatch):
+    """Loading too: a second one that had used several cores would leave helpers that slow every step."""
+    threads, load_model = [], serve.load_model
+
+    def loading(*args, **more):
+        threads.append(threading.current_thread())
+        return load_model(*args, **more)
+
+    monkeypatch.setattr(serve, "load_model", loading)
+    args = serve.parser().parse_args(["--dtype", "fp32", "--max_length", "64"])
+    engine = serve.load(args, None).engine
+    engine.close()
+    assert threads == [engine]
+
+
 def test_generate_needs_none_of_it():
     script = "import sys, generate; sys.exit(any(name in sys.modules for name in ('starlette', 'uvicorn', 'openai')))"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
