@@ -8,10 +8,7 @@ own, of which the last 255 are predicted. The predictions are in the form of its
 ours are of the very same numbers. Needs llama-perplexity and llama-quantize, a C++ compiler and requirements-dev.txt.
 Glossary: n chunks, S tokens of a chunk, T predicted ones, V vocabulary.
 """
-import json
-import os
 import re
-import shlex
 import shutil
 import struct
 import subprocess
@@ -24,17 +21,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import device as machine
 import ops
 from config import Quantization
 from errors import Parser, UserError, run_command
 from generate import DEMO, load_model
 from layers import Matrix
 from model import Transformer
-from scripts.benchmark import commit
 from scripts.eval import Score, log_probabilities
 from scripts.export_gguf import export, library
 from scripts.quantization_table import TEXT
+from scripts.rows import add_output, check, origin, write
 from scripts.tables import activations_table
 from scripts.train_demo import corpus
 
@@ -198,34 +194,19 @@ def rows(ids: Tensor, programs: tuple[str, str], about: dict) -> Iterator[dict]:
 def main(argv: list[str]) -> None:
     p = Parser(prog="python -m scripts.activations_table", description=__doc__.splitlines()[0])
     p.add_argument("--llama_cpp", type=Path, metavar="DIR", help="where llama.cpp's programs are (default: on PATH)")
-    p.add_argument("--output", type=Path, help="write the rows here, a JSON document a line, instead of what is there")
+    add_output(p, whole=True)
     args = p.parse_args(argv)
-    if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
-        raise UserError(f"--output {args.output}: no such folder, or it is one; a file is expected")
+    check(args)
     programs = program("llama-perplexity", args.llama_cpp), program("llama-quantize", args.llama_cpp)
     library()
     if not ops.packs("cpu"):
         raise UserError("activations are rounded by the CPU kernels only, which need a C++ compiler; install one")
     _, tokenizer = load_model(DEMO, "cpu")
     ids = torch.tensor(tokenizer.encode("\n".join(corpus()[1])[:TEXT]))
-    about = {"model": "demo", "machine": machine.device_name(torch.device("cpu")), "torch": torch.__version__,
-             "commit": commit(), "command": shlex.join(["python", "-m", "scripts.activations_table", *argv])}
+    about = {"model": "demo", **origin("activations_table", argv, torch.device("cpu"))}
     found = list(rows(ids, programs, about))
     print(activations_table(found))
-    if args.output:
-        write_rows(found, args.output)
-
-
-def write_rows(found: list[dict], path: Path) -> None:
-    """The whole file or nothing."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text("".join(json.dumps(row) + "\n" for row in found))
-        partial.replace(path)
-    except OSError as e:
-        raise UserError(f"--output {path} cannot be written ({e}); give another file") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    write(args.output, found)
 
 
 if __name__ == "__main__":

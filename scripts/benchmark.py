@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ from model import Transformer
 from sampling import Sampling
 from scripts import peers
 from scripts.peers import Case, Run, System
+from scripts.rows import add_output, append, check, commit, listed
 
 GREEDY = Sampling(temperature=0)
 LONG = 256  # tokens of a prompt from which on arithmetic, not memory, is its limit
@@ -131,15 +132,6 @@ def starts(args: Namespace, quantize: str | None) -> dict:
 
 
 # -- rounds and rows --------------------------------------------------------------------------------------------------
-
-def commit() -> str:
-    """The commit that is measured, marked if the code differs from it (benchmarks/ holds results, not code)."""
-    def git(*arguments: str) -> str:
-        run = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=DEMO.parent.parent)
-        return run.stdout.strip()
-    changed = git("status", "--porcelain", "--", ".", ":!benchmarks")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
-
 
 def percentile(values: list[float], share: float) -> float | None:
     """The least value that so many of them do not pass."""
@@ -239,30 +231,16 @@ def run(args: Namespace, command: str) -> Iterator[dict]:
                 systems = list(ours(args, model, case, facts))
                 systems += peers.peers(args.peers, model, load, case, args.llama_bench, args.gpt_fast, folder)
                 try:
-                    rows = measure_case(args, systems, case, model.device)
+                    found = measure_case(args, systems, case, model.device)
                 finally:
                     for system in systems:
                         system.close()
-                yield from (common | row for row in rows)
+                yield from (common | row for row in found)
         del model, systems
         gc.collect()
 
 
 # -- command line -----------------------------------------------------------------------------------------------------
-
-def listed(kind: Callable, allowed: tuple = (), least: int = 0) -> Callable[[str], list]:
-    """An argparse type: values between commas."""
-    def read(text: str) -> list:
-        values = [kind(part) for part in text.split(",")]
-        for value in values:
-            if allowed and value not in allowed:
-                raise ArgumentTypeError(f"{value!r}; allowed: {', '.join(allowed)}, with commas between them")
-            if not allowed and kind is int and value < least:
-                raise ArgumentTypeError(f"{value}; it must be at least {least}")
-        return values
-    read.__name__ = "list"
-    return read
-
 
 def parser() -> Parser:
     p = Parser(prog="python -m scripts.benchmark", description=__doc__.splitlines()[0])
@@ -287,24 +265,15 @@ def parser() -> Parser:
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto")
     p.add_argument("--kv_dtype", default="auto", help="of keys and values: auto or int8, of llama.cpp's too")
-    p.add_argument("--output", type=Path, help="append the rows to this file, a JSON document a line")
+    add_output(p)
     return p
 
 
 def parse(options: list[str]) -> Namespace:
     args = parser().parse_args(options)
-    if args.repeats < 1:
-        raise UserError(f"--repeats is {args.repeats}; it must be at least 1")
-    if args.warmup < 0:
-        raise UserError(f"--warmup is {args.warmup}; it must be at least 0")
-    if args.new_tokens < 2:
-        raise UserError(f"--new_tokens is {args.new_tokens}; it must be at least 2, as the first belongs to the prompt")
-    if args.random_weights and args.checkpoint_path:
-        raise UserError("--random_weights and --checkpoint_path were both given; give one of them")
+    check(args, repeats=1, warmup=0, new_tokens=2)  # the first token belongs to the prompt
     if args.suite is not None and args.suite not in SUITES:
         raise UserError(f"--suite is {args.suite!r}; allowed: {', '.join(SUITES)}")
-    if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
-        raise UserError(f"--output {args.output}: no such folder, or it is one; a file is expected")
     machine.choose_kv_dtype(args.kv_dtype)
     args.quantize = [None if mode == "none" else mode for mode in args.quantize]
     args.threads = machine.choose_threads(args.threads)
@@ -321,12 +290,7 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(args.threads)
         for row in run(parse(options), shlex.join(["python", "-m", "scripts.benchmark", *options])):
             print(show(row), flush=True)
-            if args.output:
-                try:
-                    with args.output.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                except OSError as e:
-                    raise UserError(f"--output {args.output} cannot be written ({e}); give another file") from None
+            append(args.output, row)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from families import config_from_dict, config_of_shape
 from generate import DEMO, load_model, load_random
 from layers import Matrix, rope_frequencies
 from model import Transformer
+from scripts.rows import check
 from tokenizer import JsonTokenizer, Tokenizer
 
 BLOCK = 32  # numbers that share a scale in Q4_0 and Q8_0
@@ -366,10 +367,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--quantize", help=f"round the weights while loading: {', '.join(Quantization.MODES)}")
     p.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .gguf file to be written")
     args = p.parse_args(argv)
-    if args.random_weights and args.checkpoint_path:
-        raise UserError("--random_weights and --checkpoint_path were both given; give one of them")
-    if args.output.is_dir() or not args.output.absolute().parent.is_dir():
-        raise UserError(f"--output {args.output} cannot be a file there; give a file in a folder that exists")
+    check(args)
     library()
     source = args.random_weights or resolve_checkpoint(str(args.checkpoint_path or DEMO))
     config = config_of_shape(source) if args.random_weights else config_from_dict(read_json(source / "config.json"))

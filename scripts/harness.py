@@ -14,7 +14,6 @@ Glossary: B rows of a batch, S tokens of the longest, D dim, V vocabulary; a pai
 """
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from errors import Parser, UserError, run_command
 from generate import DEMO, load_model
 from model import Transformer
 from sampling import Sampling
+from scripts.rows import check, replace
 from tokenizer import JsonTokenizer, Stream, Tokenizer, optional_json, special_tokens
 
 BUCKET = 64  # padded lengths are multiples of it: few sizes for the allocator
@@ -341,34 +341,23 @@ def parser() -> Parser:
     return p
 
 
-def check(args) -> None:
+def check_options(args) -> None:
     if args.limit is not None and not (0 < args.limit < 1 or (args.limit >= 1 and args.limit.is_integer())):
         raise UserError(f"--limit is {args.limit:g}; it must be a whole number from 1 up, or a share below 1")
-    for name, least in (("batch_size", 1), ("num_fewshot", 0), ("max_length", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} is {value}; it must be at least {least}")
+    check(args, batch_size=1, num_fewshot=0, max_length=1)
     if args.include_path and not Path(args.include_path).is_dir():
         raise UserError(f"--include_path {args.include_path} is not a folder; give one with YAML files of tasks")
-    if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
-        raise UserError(f"--output {args.output} cannot be a file there; give a file in a folder that exists")
 
 
 def write(results: dict, path: Path) -> None:
     from lm_eval.utils import handle_non_serializable
     text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n"
-    partial = path.with_name(f"{os.getpid()}.{path.name}")
-    try:
-        partial.write_text(text, "utf-8")
-        partial.replace(path)
-    except OSError as e:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({e}); nothing was left there") from None
+    replace(path, text)
 
 
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    check(args)
+    check_options(args)
     require_harness()
     from lm_eval import simple_evaluate
     from lm_eval.utils import make_table

@@ -37,7 +37,7 @@ from generate import DEMO, load_model, load_random
 from layers import ExpertLinear
 from model import Block, DenseAndExperts, Experts, Transformer
 from sampling import Sampling, sample
-from scripts.benchmark import commit
+from scripts.rows import check, commit
 
 WARM_UP = 3  # uncounted rounds: a CUDA graph is compiled, recorded and replayed in three calls
 STEP = "decode step"  # its name in a trace
@@ -346,11 +346,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--all_layers", action="store_true", help="a row for each layer, not for each kind")
     p.add_argument("--trace", type=Path, metavar="FILE", help="write the steps of the second table as a Chrome trace")
     args = p.parse_args(argv)
-    for name in ("prompt_length", "steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    if args.random_weights and args.checkpoint_path:
-        raise UserError("--random_weights and --checkpoint_path were both given; give one of them")
+    check(args, prompt_length=1, steps=1)
     if args.trace and (args.trace.is_dir() or not args.trace.absolute().parent.is_dir()):
         raise UserError(f"--trace {args.trace}: no such folder, or it is one; a file is expected")
     if not args.eager and (missing := machine.missing_for_compilation(machine.choose_device(args.device))):

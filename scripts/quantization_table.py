@@ -5,15 +5,11 @@
 Every row is the demo with its numbers replaced by what the rounded ones mean, in float32, on held-out files of the
 Python standard library; calibration text is from the files it was trained on. Needs requirements-dev.txt.
 """
-import json
-import shlex
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import device as machine
 import ops
 import rounding
 from calibration import Calibration, windows
@@ -25,8 +21,8 @@ from generate import DEMO, load_model
 from loader import plan
 from model import Transformer
 from quantize import groups
-from scripts.benchmark import commit
 from scripts.eval import evaluate
+from scripts.rows import add_output, check, origin, write
 from scripts.tables import quality_table
 from scripts.train_demo import corpus
 
@@ -106,8 +102,9 @@ def rows(text: str) -> dict[str, tuple[Transformer, float]]:
 
 def main(argv: list[str]) -> None:
     p = Parser(prog="python -m scripts.quantization_table", description=__doc__.splitlines()[0])
-    p.add_argument("--output", type=Path, help="write the rows here, a JSON document a line, instead of what is there")
+    add_output(p, whole=True)
     args = p.parse_args(argv)
+    check(args)
     train, held_out = ("\n".join(texts) for texts in corpus())
     held_out = held_out[:TEXT]
     _, tokenizer = load_model(DEMO, "cpu")
@@ -115,14 +112,12 @@ def main(argv: list[str]) -> None:
         models = rows(train)
     reference, *others = (model for model, _ in models.values())
     scores = evaluate([reference, *others], reference, torch.tensor(tokenizer.encode(held_out)), 512)
-    about = {"model": "demo", "machine": machine.device_name(torch.device("cpu")), "torch": torch.__version__,
-             "commit": commit(), "command": shlex.join(["python", "-m", "scripts.quantization_table", *argv])}
+    about = {"model": "demo", **origin("quantization_table", argv, torch.device("cpu"))}
     found = [{"kind": "quality", "weights": name, "bits": bits, "perplexity": score.perplexity,
               "kl": score.divergence / score.tokens, "agreement": 100 * score.agreed / score.tokens, **about}
              for (name, (_, bits)), score in zip(models.items(), scores, strict=True)]
     print(quality_table(found))
-    if args.output:
-        args.output.write_text("".join(json.dumps(row) + "\n" for row in found))
+    write(args.output, found)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from errors import Parser, UserError, run_command
 from generate import DEMO, load_model, load_speculation
 from model import Transformer
 from sampling import Sampling
-from scripts.benchmark import commit
+from scripts.rows import commit
 
 LONGEST, NEW = 300, 150  # tokens of a prompt and of its continuation
 GROWTH = 200  # bytes a token: what is taken for none, as pages come and go

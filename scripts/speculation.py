@@ -8,7 +8,6 @@ Each kind of text, draft and number of drafted tokens is a row, on screen and in
 whether the text was the plain one, token for token. With random weights acceptance is synthetic, and only speed is
 measured.
 """
-import json
 import statistics
 import sys
 import time
@@ -26,7 +25,7 @@ from errors import Parser, UserError, run_command
 from generate import DEMO, load_model, load_random, load_speculation, warm_up
 from model import Transformer
 from sampling import Sampling
-from scripts.benchmark import commit, listed
+from scripts.rows import add_output, append, check, listed, origin
 from speculative import Speculation
 
 GREEDY = Sampling(temperature=0)
@@ -127,24 +126,19 @@ def parser() -> Parser:
     p.add_argument("--threads", type=int, help="on a CPU (default: one for each core)")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto")
-    p.add_argument("--output", type=Path, help="append the rows to this file, a JSON document a line")
+    add_output(p)
     return p
 
 
 def parse(argv: list[str]) -> Namespace:
     args = parser().parse_args(argv)
-    if args.random_weights and args.checkpoint_path:
-        raise UserError("--random_weights and --checkpoint_path were both given; give one of them")
+    check(args, repeats=1, new_tokens=2)  # the first token belongs to the prompt
     if (args.random_weights is None) != (args.synthetic_acceptance is None):
         raise UserError("--synthetic_acceptance and --random_weights go together: random weights accept nothing, and "
                         "real ones need no help")
-    if args.repeats < 1 or args.new_tokens < 2:
-        raise UserError("--repeats must be at least 1, and --new_tokens 2, as the first belongs to the prompt")
     for length in args.speculate_k:
         if length != "auto" and not length.isdecimal():
             raise UserError(f"--speculate_k is {length!r}; allowed: numbers of tokens, and auto")
-    if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
-        raise UserError(f"--output {args.output}: no such folder, or it is one; a file is expected")
     return args
 
 
@@ -162,18 +156,14 @@ def main(argv: list[str]) -> None:
         texts = {kind: (tokenizer.encode(prompt), sampling) for kind, (prompt, sampling) in TEXTS.items()}
     facts = {"model": args.random_weights or args.checkpoint_path or "demo", "device": str(model.device),
              "dtype": str(model.dtype).removeprefix("torch."), "quantization": args.quantize,
-             "machine": machine.device_name(model.device), "threads": torch.get_num_threads(),
-             "torch": torch.__version__, "commit": commit(),
-             "command": " ".join(["python -m scripts.speculation", *argv])}
+             **origin("speculation", argv, model.device)}
     steps = compiled_steps(model.device)
     print(HEADER)
     longest_first = sorted(texts.items(), key=lambda text: -len(text[1][0]))  # so that caches need not grow
     for kind, (prompt, sampling) in longest_first:
         for row in measure(args, list(ways(args, model, tokenizer, steps)), kind, prompt, sampling, facts):
             print(show(row), flush=True)
-            if args.output:
-                with args.output.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+            append(args.output, row)
 
 
 if __name__ == "__main__":

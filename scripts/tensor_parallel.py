@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import device as machine
 from errors import Parser, UserError, run_command
-from scripts.benchmark import commit
+from scripts.rows import add_output, append, check, origin
 
 ROOT = Path(__file__).parent.parent
 TEXTS = 3  # of each process; the first is not counted
@@ -58,16 +58,13 @@ def parser() -> Parser:
     p.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     p.add_argument("--new_tokens", type=int, default=64, help="default %(default)s")
     p.add_argument("--repeats", type=int, default=3, help="processes of each way (default %(default)s)")
-    p.add_argument("--output", type=Path, help="append the rows to this file, a JSON document a line")
+    add_output(p)
     return p
 
 
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    if args.ranks < 2 or args.repeats < 1 or args.new_tokens < 2:
-        raise UserError("--ranks and --new_tokens must be at least 2, and --repeats 1")
-    if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
-        raise UserError(f"--output {args.output}: no such folder, or it is one; a file is expected")
+    check(args, ranks=2, repeats=1, new_tokens=2)
     options = ["--compile", "--json", "--temperature", "0", "--num_samples", str(TEXTS), "--device", args.device,
                "--max_new_tokens", str(args.new_tokens)]
     for name in ("checkpoint_path", "random_weights", "quantize"):
@@ -89,14 +86,11 @@ def main(argv: list[str]) -> None:
                "ttft_s": statistics.median(s["ttft_s"] for s in samples),
                "bytes_per_token": samples[0]["bytes_per_token"], "sums_pct": statistics.median(sums) if sums else None,
                "over_one": statistics.median(a / b for a, b in zip(speeds[name], whole, strict=True)),
-               "machine": machine.device_name(machine.choose_device(args.device)), "torch": torch.__version__,
-               "commit": commit(), "command": " ".join(["python -m scripts.tensor_parallel", *argv])}
+               **origin("tensor_parallel", argv, machine.choose_device(args.device))}
         share = "" if row["sums_pct"] is None else f", {row['sums_pct']:.0f} % of it sums"
         print(f"{name:28} {row['tok_s']:8.1f} tok/s, {row['bytes_per_token'] / 1e6:.1f} MB a rank and "
               f"token{share}, {row['over_one']:.2f} of one rank with all", flush=True)
-        if args.output:
-            with args.output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        append(args.output, row)
 
 
 if __name__ == "__main__":

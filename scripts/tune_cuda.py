@@ -11,12 +11,10 @@ products in a row, 32 times, with each kernel begun when the one before has ende
 import functools
 import importlib
 import itertools
-import json
 import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +26,7 @@ from errors import Parser, UserError, run_command
 from families import config_of_shape
 from layers import Linear
 from model import Transformer
-from scripts.benchmark import commit, listed
+from scripts.rows import add_output, append, check, listed, origin
 
 COLD = 1 << 28  # bytes of copies that are walked over: several times the L2 cache
 GROUPS = {"int8": 0, "int4": 32}
@@ -157,12 +155,13 @@ def parser() -> Parser:
     p.add_argument("--rows", type=listed(int, least=1), default=[1], help="rows of x (default 1; commas)")
     p.add_argument("--matrices", type=listed(str), default=["w13", "wo"], help="by name, or all (default w13,wo)")
     p.add_argument("--best", type=int, default=4, help="tiles shown for each matrix (default %(default)s)")
-    p.add_argument("--output", type=Path, help="append all rows to this file, a JSON document a line")
+    add_output(p)
     return p
 
 
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
+    check(args)
     device = machine.choose_device()
     if device.type != "cuda":
         raise UserError(f"there is no CUDA device here, only {device}; this times the kernels of one")
@@ -171,8 +170,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--matrices {unknown[0]!r}; {args.shape} has {', '.join(sizes)}, or say all")
     ops.bind("cuda")
     first = ceilings(device, dtype)
-    about = {"machine": machine.device_name(device), "torch": torch.__version__, "commit": commit(),
-             "shape": args.shape}
+    about = origin("tune_cuda", argv, device) | {"shape": args.shape}
     bandwidth, rows = first["bandwidth_gb_s"] * 1e9, [first]
     print(show(first))
     swept = list(sizes) if "all" in args.matrices else args.matrices
@@ -185,9 +183,7 @@ def main(argv: list[str]) -> None:
         for row in chain(sizes, mode, dtype, device, bandwidth):
             rows.append(row)
             print(show(row), flush=True)
-    if args.output:
-        with args.output.open("a") as file:
-            file.writelines(json.dumps(about | row) + "\n" for row in rows)
+    append(args.output, *(about | row for row in rows))
 
 
 if __name__ == "__main__":

@@ -35,9 +35,10 @@ from layers import Linear
 from model import Transformer
 from packed import map_packed, save_packed
 from scripts import peers, stand_ins
-from scripts.benchmark import GREEDY, Ours, commit
+from scripts.benchmark import GREEDY, Ours
 from scripts.peers import Case, Run
 from scripts.profile_decode import STEP, WARM_UP, gaps, named_loops, operators, profile
+from scripts.rows import add_output, append, check, origin
 from tokenizer import load_tokenizer
 
 MODES = {"bf16": None, "int8": "int8", "int4": "int4-pure"}  # widths of all matrices
@@ -339,18 +340,14 @@ def parse(argv: list[str]) -> Namespace:
     p.add_argument("--repeats", type=int, default=4, help="counted rounds (default %(default)s)")
     p.add_argument("--llama_bench", default="llama-bench", metavar="FILE", help="default: the one on PATH")
     p.add_argument("--threads", type=int, help="default: one for each core")
-    p.add_argument("--output", type=Path, help="append the rows to this file, a JSON document a line")
+    add_output(p)
     p.add_argument("--child", help=SUPPRESS)  # what a process of its own is to do
     args = p.parse_args(argv)
     args.points = args.points.split(",")
     for point in args.points:
         if point not in POINTS:
             raise UserError(f"--points has {point!r}; allowed: {', '.join(POINTS)}, with commas between them")
-    for name, least in (("prompt_length", 1), ("new_tokens", 2), ("repeats", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
-    if args.output and (args.output.is_dir() or not args.output.absolute().parent.is_dir()):
-        raise UserError(f"--output {args.output}: no such folder, or it is one; a file is expected")
+    check(args, prompt_length=1, new_tokens=2, repeats=1)
     if not peers.llama_shaped(config_of_shape(args.random_weights)):
         raise UserError(f"--random_weights {args.random_weights} is not of Llama's architecture; name one that is")
     if missing := machine.missing_for_compilation(torch.device("cpu")):
@@ -373,9 +370,7 @@ def main(argv: list[str]) -> None:
         return child(json.loads(argv[1]))
     args, device = parse(argv), torch.device("cpu")
     torch.set_num_threads(args.threads)
-    common = {"kind": "why", "model": args.random_weights, "machine": machine.device_name(device),
-              "threads": args.threads, "torch": torch.__version__, "commit": commit(),
-              "command": shlex.join(["python", "-m", "scripts.why_cpu", *argv])}
+    common = {"kind": "why", "model": args.random_weights, **origin("why_cpu", argv, device)}
     with tempfile.TemporaryDirectory() as folder:
         for point in args.points:
             bandwidth = machine.measure_bandwidth(device)
@@ -383,9 +378,7 @@ def main(argv: list[str]) -> None:
             bandwidth = max(bandwidth, machine.measure_bandwidth(device))
             for row in rows:
                 print(show(row), flush=True)
-                if args.output:
-                    with args.output.open("a") as file:
-                        file.write(json.dumps(row | {"bandwidth_gb_s": bandwidth / 1e9}) + "\n")
+                append(args.output, row | {"bandwidth_gb_s": bandwidth / 1e9})
             gc.collect()
 
 

@@ -312,7 +312,7 @@ def test_the_command_prints_the_table_and_writes_the_results(command, tasks, tmp
     (["--tasks", "tiny_text", "--num_fewshot", "-1"], "--num_fewshot is -1"),
     (["--tasks", "tiny_text", "--max_length", "4000"], "must be 1 to 1024"),
     (["--tasks", "tiny_text", "--include_path", "nowhere"], "is not a folder"),
-    (["--tasks", "tiny_text", "--output", "nowhere/results.json"], "cannot be a file there"),
+    (["--tasks", "tiny_text", "--output", "nowhere/results.json"], "no such folder"),
     (["--tasks", "tiny_text", "--checkpoint_path", "nowhere"], "there is no folder nowhere"),
 ])
 def test_what_cannot_be_evaluated_is_one_line(command, capfd, tasks, options, said):
