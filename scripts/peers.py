@@ -195,23 +195,32 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # its best setting on
 INT8_CACHES = ["-fa", "1", "-ctk", "q8_0", "-ctv", "q8_0"]  # a scale for each 32 numbers
 
 
-def run_llama_bench(program: str, file: Path, case: Case, gpu: bool, options: list[str]) -> tuple[Run, dict]:
-    """Its own benchmark, once for the prompt and once for the tokens after it; also what it says of itself."""
-    command = [program, "-m", str(file), "-r", "1", "-o", "json", "-t", str(torch.get_num_threads()),
-               "-ngl", "99" if gpu else "0", *options]
+def ask_llama(command: list[str]) -> dict:
+    """The line of JSON that one of its benchmarks says, among others."""
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | HUGE_PAGES)
+    try:
+        line, = (line for line in done.stdout.splitlines() if line.startswith('{"'))
+        return json.loads(line)
+    except ValueError:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise Absent(f"{command[0]} failed with exit code {done.returncode}: {last}") from None
+
+
+def run_llama(program: str, case: Case, options: list[str]) -> tuple[Run, dict]:
+    """Its own benchmark, once for the prompt and once for the tokens after it, or for several rows the other one, which
+    does both in one go; also what it says of itself."""
     steps = case.new_tokens - 1  # the first belongs to the prompt
+    filled, threads = case.depth + case.prompt_length, str(torch.get_num_threads())
+    if case.batch > 1:
+        found = ask_llama([program, *options, "-npp", str(filled), "-ntg", str(steps), "-npl", str(case.batch),
+                           "-c", str(case.batch * (filled + steps)), "--output-format", "jsonl", "-t", threads])
+        return Run(None if case.depth else found["t_pp"], found["t_tg"]), found
     seconds = []
     for size in (["-p", str(case.prompt_length), "-n", "0", "-d", str(case.depth)],
-                 ["-p", "0", "-n", str(steps), "-d", str(case.depth + case.prompt_length)]):
-        done = subprocess.run([*command, *size], capture_output=True, text=True,
-                              env=os.environ | HUGE_PAGES)
-        try:
-            found, = json.loads(done.stdout)
-            seconds.append(found["avg_ns"] / 1e9)
-        except (ValueError, KeyError, TypeError):
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise Absent(f"{program} failed with exit code {done.returncode}: {last}") from None
-    return Run(seconds[0], seconds[1]), found
+                 ["-p", "0", "-n", str(steps), "-d", str(filled)]):
+        found = ask_llama([program, *options, *size, "-r", "1", "-o", "jsonl", "-t", threads])
+        seconds.append(found["avg_ns"] / 1e9)
+    return Run(*seconds), found
 
 
 def start_llama(program: str, file: Path, case: Case) -> float:
@@ -230,19 +239,22 @@ def llama_cpp(model: Transformer, exact: Callable[[], Transformer], case: Case, 
     """llama-bench on a GGUF of our numbers, which `exact` gives unpacked. `folder` keeps the file for more cases."""
     if shutil.which(program) is None:
         raise Absent(f"{program} is not on PATH; say where it is with --llama_bench FILE")
-    if case.batch > 1:
-        raise Absent("its benchmark has no batches")
+    rows = str(Path(shutil.which(program)).with_name("llama-batched-bench"))
+    if case.batch > 1 and shutil.which(rows) is None:
+        raise Absent(f"{rows}, which has batches, is not there; build it beside llama-bench")
     quantization, gpu = model.config.quantization, model.device.type != "cpu"
     file = Path(folder) / f"{quantization}.gguf"
     if not file.exists():
         export(exact(), None, file)
     attended = case.depth + case.prompt_length + case.new_tokens / 2
-    options = INT8_CACHES if model.kv_dtype == torch.int8 else []
-    cache = model.cache_bytes(attended) if options else unrounded(model, attended) * 2 / model.dtype.itemsize  # float16
-    _, found = run_llama_bench(program, file, Case(1, 2), gpu, options)
+    int8 = model.kv_dtype == torch.int8
+    cache = model.cache_bytes(attended) if int8 else unrounded(model, attended) * 2 / model.dtype.itemsize  # float16
+    options = ["-m", str(file), "-ngl", "99" if gpu else "0", *(INT8_CACHES if int8 else [])]
+    _, found = run_llama(program, Case(1, 2), options)
     theirs = {"int8": "Q8_0", "int4": "Q4_0, head Q8_0", "int4-pure": "Q4_0"}
-    yield System("llama.cpp", lambda: run_llama_bench(program, file, case, gpu, options)[0],
-                 found["model_size"] + cache, short(model.dtype), theirs[quantization.mode] if quantization else None,
+    timed = functools.partial(run_llama, program if case.batch == 1 else rows, case, options)
+    yield System("llama.cpp", lambda: timed()[0], found["model_size"] + case.batch * cache, short(model.dtype),
+                 theirs[quantization.mode] if quantization else None,
                  {"version": found["build_commit"], "start_warm_s": start_llama(program, file, case)})
 
 

@@ -116,25 +116,53 @@ o = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 assert open(o["-m"], "rb").read(4) == b"GGUF" and o["-r"] == "1" and "hugetlb" in os.environ["GLIBC_TUNABLES"]
 open(__file__ + ".log", "a").write(" ".join(o[k] for k in ("-p", "-n", "-d")) + "\\n")
 tokens = int(o["-p"]) + int(o["-n"])
-print(json.dumps([dict(avg_ns=tokens * 1e7, model_size=1000, build_commit="abc")]))
+print(json.dumps(dict(avg_ns=tokens * 1e7, model_size=1000, build_commit="abc")))
+"""
+FAKE_BATCHED_BENCH = """#!{python}
+import json, sys
+o = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+pp, tg, pl = (int(o["-" + name]) for name in ("npp", "ntg", "npl"))
+assert int(o["-c"]) == pl * (pp + tg)
+print("chatter\\n" + json.dumps(dict(t_pp=pl * pp / 100, t_tg=tg / 50)) + "\\n\\n{{chatter}}")
 """
 
 
-def test_llama_cpp_reads_a_file_of_our_numbers(command, folder, tmp_path, quickly):
-    program = tmp_path / "llama-bench"
-    program.write_text(FAKE_LLAMA_BENCH.format(python=sys.executable))
-    program.chmod(0o755)
+@pytest.fixture
+def llama_bench(tmp_path):
+    for name, text in {"llama-bench": FAKE_LLAMA_BENCH, "llama-batched-bench": FAKE_BATCHED_BENCH}.items():
+        (tmp_path / name).write_text(text.format(python=sys.executable))
+        (tmp_path / name).chmod(0o755)
+    return tmp_path / "llama-bench"
+
+
+def test_llama_cpp_reads_a_file_of_our_numbers(command, folder, tmp_path, quickly, llama_bench):
     output = tmp_path / "rows.jsonl"
     code, _, err = command(benchmark.main, "--checkpoint_path", folder.write(), "--prompt_length", "4", "--depth", "9",
                            "--new_tokens", "6", "--repeats", "1", "--ours", "eager", "--peers", "llama.cpp",
-                           "--llama_bench", str(program), "--quantize", "none,int8,int4", "--output", str(output))
+                           "--llama_bench", str(llama_bench), "--quantize", "none,int8,int4", "--output", str(output))
     assert code == 0, err
     rows = [row for row in rows_of(output) if row["system"] == "llama.cpp"]
     assert [row["quantization"] for row in rows] == [None, "Q8_0", "Q4_0, head Q8_0"]
-    assert Path(f"{program}.log").read_text().splitlines()[2:5] == ["4 0 0", "4 0 9", "0 5 13"]  # seen to run; a start
+    said = Path(f"{llama_bench}.log").read_text().splitlines()
+    assert said[2:5] == ["4 0 0", "4 0 9", "0 5 13"]  # seen to run; a start
     for row in rows:
         assert row["decode_tok_s"] == pytest.approx(100) and row["ttft_s"] == pytest.approx(0.04)
         assert row["version"] == "abc" and 1000 < row["bytes_per_token"] < 10000
+
+
+def test_several_rows_are_timed_by_llama_cpps_benchmark_of_batches(command, folder, tmp_path, quickly, llama_bench):
+    output = tmp_path / "rows.jsonl"
+    options = ["--checkpoint_path", folder.write(), "--prompt_length", "4", "--new_tokens", "6", "--repeats", "1",
+               "--ours", "eager", "--peers", "llama.cpp", "--llama_bench", str(llama_bench), "--batch", "3",
+               "--output", str(output)]
+    for depth, ttft in (("0", 0.12), ("9", None)):  # old tokens are read in one go with the prompt
+        code, _, err = command(benchmark.main, *options, "--depth", depth)
+        assert code == 0, err
+        row = rows_of(output)[-1]
+        assert (row["system"], row["batch"], row["ttft_s"]) == ("llama.cpp", 3, pytest.approx(ttft) if ttft else None)
+        assert row["decode_tok_s"] == pytest.approx(3 * 50) and row["bytes_per_token"] > 1000 / 3
+    (tmp_path / "llama-batched-bench").unlink()
+    assert "llama-batched-bench, which has batches, is not there" in command(benchmark.main, *options)[2]
 
 
 FAKE_GPT_FAST = {
@@ -166,7 +194,7 @@ def test_gpt_fast_runs_in_a_process_of_its_own(rows, command, folder, tmp_path, 
 @pytest.mark.parametrize("options, said", [
     (["--peers", "llama.cpp", "--llama_bench", "no-such-program"], "llama.cpp is skipped: no-such-program is not on"),
     (["--peers", "llama.cpp", "--llama_bench", sys.executable], "failed with exit code"),
-    (["--peers", "llama.cpp", "--llama_bench", sys.executable, "--batch", "2"], "has no batches"),
+    (["--peers", "llama.cpp", "--llama_bench", sys.executable, "--batch", "2"], "which has batches, is not there"),
     (["--peers", "gpt-fast"], "say where it is"), (["--peers", "gpt-fast", "--gpt_fast", "/"], "does not hold"),
     (["--peers", "transformers,gpt-fast", "--checkpoint_path", "gemma"], "only")])
 def test_a_peer_that_cannot_run_is_skipped_with_a_line(options, said, command, folder, tmp_path, monkeypatch, quickly):
