@@ -188,6 +188,28 @@ def ranks_table(rows: list[dict]) -> str:
         "\n\n" + "; ".join(sources) + "." if found else ""
 
 
+BESIDE = {"our server": "times our server", "transformers": "times transformers",
+          "llama.cpp's server": "times llama.cpp's server"}
+
+
+def throughput_table(rows: list[dict]) -> str:
+    """A line for each model and number of rows, with the last of each system."""
+    found: dict[tuple, dict[str, dict]] = {}
+    for r in rows:
+        if r.get("kind") == "throughput":
+            key = r["machine"], r["model"], r["quantization"], r["dtype"], r["rows"]
+            found.setdefault(key, {})[r["system"]] = r
+    if not found:
+        return ""
+    lines = [" | ".join([model, quantization or dtype, str(size), number(of["ours"]["tok_s"]),
+                         *(f"{of[name]['ours_over_this']:.2f}" if name in of else "" for name in BESIDE)])
+             for (_, model, quantization, dtype, size), of in found.items()]
+    sources = dict.fromkeys(f"`{command_of(r)}`, commit {r['commit']}, {r['machine']}"
+                            for of in found.values() for r in of.values())
+    return table(" | ".join(["model", "weights", "rows", "tok/s", *BESIDE.values()]), lines) + \
+        "\n\n" + "; ".join(sources) + "."
+
+
 # -- docs/why-cpu.md --------------------------------------------------------------------------------------------------
 
 POINTS = ("quantization", "kernels", "dispatch", "memory", "start", "threads", "fusion", "step")  # why_cpu.py's
@@ -245,7 +267,7 @@ def why_source(rows: list[dict]) -> str:
 # -- pages ------------------------------------------------------------------------------------------------------------
 
 TABLES = {"speed": speed_table, "starts": starts_table, "quality": quality_table, "activations": activations_table,
-          "speculation": speculation_table, "ranks": ranks_table, "why": why_source,
+          "speculation": speculation_table, "ranks": ranks_table, "throughput": throughput_table, "why": why_source,
           **{f"why-{point}": functools.partial(why_table, point) for point in POINTS}}
 
 

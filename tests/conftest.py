@@ -1,5 +1,6 @@
 """Shared makers of tiny checkpoints. Everything runs on a CPU, in seconds, on weights made here or shipped."""
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -36,7 +37,10 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_configure(config) -> None:
-    """Of several processes (pytest -n) each has its share of the cores; two threads on one core wait for each other."""
+    """Of several processes (pytest -n) each has its share of the cores; two threads on one core wait for each other.
+    A shell's job in the background does not hear Ctrl-C, nor would what it starts."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if workers := getattr(config, "workerinput", {}).get("workercount"):
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
