@@ -78,6 +78,31 @@ def with_int8_caches(made: tuple[Transformer, float]) -> tuple[Transformer, floa
     return made
 
 
+def with_large_keys(made: tuple[Transformer, float]) -> tuple[Transformer, float]:
+    """Two numbers of each key 30 times as large, as in models that have such, and those of queries as much smaller: the
+    same products. They are a pair of the rotary embedding, so that it keeps them alone."""
+    for mixer in made[0].mixers:
+        c = mixer.config
+        heads = mixer.wqkv.weight.data.view(-1, c.head_dim, made[0].config.dim)
+        pair = [5, 5 + c.head_dim // 2]
+        heads[:c.n_heads, pair] /= 30
+        heads[c.n_heads:c.n_heads + c.n_kv_heads, pair] *= 30
+    return made
+
+
+def without_turning(made: tuple[Transformer, float]) -> tuple[Transformer, float]:
+    """Caches that round keys as they are."""
+    model, setup = made[0], made[0].setup_caches
+
+    def plain(*sizes) -> None:
+        setup(*sizes)
+        for mixer in model.mixers:
+            mixer.cache.turn, mixer.cache.gain = torch.eye(mixer.config.head_dim), 1.0
+
+    model.setup_caches = plain
+    return made
+
+
 def rows(text: str) -> dict[str, tuple[Transformer, float]]:
     def same(w: Tensor) -> Rounded:
         return w, 16.0
@@ -97,7 +122,11 @@ def rows(text: str) -> dict[str, tuple[Transformer, float]]:
                                                                  lambda w: to_int4(w, 32, True)),
                       "int4-pure g32, GPTQ": model_of(best, lambda w: to_int4(w, 32, True)),
                       "int4 g32, GPTQ; keys and values int8": with_int8_caches(model_of(best, to_int8))}
-    return found | {"bf16; keys and values int8": with_int8_caches(model_of(lambda _, w: same(w), same))}
+    def plain() -> tuple[Transformer, float]:
+        return with_int8_caches(model_of(lambda _, w: same(w), same))
+    return found | {"bf16; keys and values int8": plain(),
+                    "the same; two of 64 numbers of a key 30 times as large": with_large_keys(plain()),
+                    "the same, keys not turned": without_turning(with_large_keys(plain()))}
 
 
 def main(argv: list[str]) -> None:

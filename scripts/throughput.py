@@ -45,7 +45,7 @@ from scripts.export_gguf import export
 from scripts.harness import cut
 from scripts.peers import HUGE_PAGES, Absent, as_transformers, short
 from scripts.rows import add_output, append, check, listed, origin
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 GREEDY = Sampling(temperature=0)
 READ, NEW = (8, 128), (16, 128)  # tokens of a prompt, and of what continues it
@@ -217,11 +217,12 @@ def llama_server(case: Case, file: Path) -> Server:
     here = case.model.device.type == "cpu"
     plain = here and not case.quantize  # else 16 bits are packed
     export(case.model if plain else case.load(device="cpu", **({"dtype": "fp32"} if case.quantize else {}))[0],
-           case.tokenizer, file)
+           case.tokenizer or load_tokenizer(DEMO), file)  # it makes texts of tokens, though nobody reads these
     port, room = free_port(), -(-case.work.longest // 256) * 256
     command = [program, "-m", str(file), "--port", str(port), "-np", str(case.rows), "-c", str(case.rows * room), "-t",
                str(case.args.threads), "-ngl", "0" if here else "99"]
-    bodies = [{"prompt": prompt, "n_predict": new, "temperature": 0, "cache_prompt": False}
+    bodies = [{"prompt": prompt, "n_predict": new, "temperature": 0, "cache_prompt": False,
+               "ignore_eos": case.tokenizer is None}
               for prompt, new in zip(case.work.prompts, case.work.new, strict=True)]
     return Server(command, f"http://127.0.0.1:{port}", "/completion", bodies,
                   lambda answer: answer["tokens_predicted"], **HUGE_PAGES)

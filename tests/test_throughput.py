@@ -48,6 +48,7 @@ def small(monkeypatch):
 
 def rows_of(command, tmp_path, *options: str) -> tuple[dict, str]:
     output = tmp_path / "rows.jsonl"
+    output.unlink(missing_ok=True)
     code, out, err = command(throughput.main, "--eager", "--texts", "5", "--repeats", "1", "--output", str(output),
                              *options)
     assert code == 0, err
@@ -96,6 +97,9 @@ def test_llama_cpps_server_gets_our_numbers(command, tmp_path, folder):
     rows, err = rows_of(command, tmp_path, *options, "--quantize", "int4", "--llama_server", fake(tmp_path))
     assert rows["llama.cpp's server"]["new_tokens"] == sum(Work.of(5, 4096).new), err
     assert rows["llama.cpp's server"]["quantization"] == "int4 g32"
+    (tmp_path / "config.json").write_text(json.dumps(folder.config))
+    options[:2] = ["--random_weights", str(tmp_path / "config.json")]
+    assert "llama.cpp's server" in rows_of(command, tmp_path, *options, "--llama_server", fake(tmp_path))[0]
 
 
 @pytest.mark.parametrize("how, said", [({"dead": True}, "llama.cpp is skipped: "), ({"most": 3}, "is left out: ")])
