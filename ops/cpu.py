@@ -4,6 +4,8 @@ A build is kept in the cache folder under a hash of all that decides what is in 
 above all: a home folder may serve several machines. Without a compiler everything runs in plain PyTorch.
 """
 import atexit
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -13,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,23 +64,41 @@ def build(variant: str = "native") -> Path | None:
         folder = tempfile.mkdtemp()
         path = Path(folder, name)
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    print("note: building the CPU kernels, once (~15 s)", file=sys.stderr, flush=True)
-    made = Path(folder, "made.so")
     try:
-        objects = {source: str(Path(folder, f"{source.stem}.o")) for source in sources(".cpp")}
+        with alone(path.parent):
+            return path if path.is_file() else made(path, Path(folder), compiler, compiling, linking)
+    finally:
+        if path.parent != Path(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Without other processes that build there: each would take all cores, for the same."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # not every file system has locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def made(path: Path, folder: Path, compiler: list[str], compiling: list[str], linking: list[str]) -> Path | None:
+    """The library at `path`, by way of `folder`: whole or not at all."""
+    print("note: building the CPU kernels, once (~15 s)", file=sys.stderr, flush=True)
+    library = folder / "made.so"
+    try:
+        objects = {source: str(folder / f"{source.stem}.o") for source in sources(".cpp")}
         with ThreadPoolExecutor() as pool:  # a compiler each
             list(pool.map(run, ([*compiler, *compiling, str(source), "-o", out] for source, out in objects.items())))
-        run([*compiler, *objects.values(), *linking, "-o", str(made)])
-        made.replace(path)  # whole or not at all, also when two processes build at once
+        run([*compiler, *objects.values(), *linking, "-o", str(library)])
+        return library.replace(path)
     except subprocess.CalledProcessError as e:
         said = e.stderr.splitlines() or [f"exit code {e.returncode}"]
         return without_kernels(next((text for text in said if "error" in text), said[0]))
     except subprocess.TimeoutExpired:
         return without_kernels(f"the compiler was not done after {PATIENCE} s")
-    finally:
-        if path.parent != Path(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-    return path
 
 
 def run(line: list[str]) -> None:

@@ -135,5 +135,5 @@ def test_rows_that_cannot_be_written_leave_what_was_there(monkeypatch, tmp_path)
     path.write_text("as it was")
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
     with pytest.raises(table.UserError, match="No space left"):
-        table.write_rows([{"kind": "activations"}], path)
+        table.write(path, [{"kind": "activations"}])
     assert path.read_text() == "as it was" and list(tmp_path.iterdir()) == [path]

@@ -1,10 +1,14 @@
 """The CPU kernels compute what they promise, in every form this machine can run."""
+import os
 import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 import device
 import ops
@@ -202,6 +206,29 @@ def test_a_compiled_graph_holds_the_kernels():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for got, truth in zip(compiled(x, rows), step(x, rows), strict=True):
         assert torch.equal(got, truth)
+
+
+SLOW_COMPILER = """#!{python}
+import os, pathlib, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("-o") + 1])
+os.write(os.open({log!r}, os.O_APPEND | os.O_CREAT | os.O_WRONLY), (out.name + "\\n").encode())
+time.sleep(0.3)
+out.write_text("made")
+"""
+
+
+def test_processes_that_start_together_build_once(tmp_path):
+    compiler, log = tmp_path / "slow", tmp_path / "log"
+    compiler.write_text(SLOW_COMPILER.format(python=sys.executable, log=str(log)))
+    compiler.chmod(0o755)
+    run = [sys.executable, "-c", "from ops import cpu; print(cpu.build().read_text())"]
+    both = [subprocess.Popen(run, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             env=os.environ | {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)})
+            for _ in range(2)]
+    said = [process.communicate() for process in both]
+    assert [out for out, _ in said] == ["made\n"] * 2 and sum("building" in err for _, err in said) == 1
+    assert log.read_text().split().count("made.so") == 1
+    assert [path.suffix for path in (tmp_path / "readonce" / "ops").iterdir()] == [".so"]
 
 
 def test_without_a_compiler_there_is_one_line_and_no_kernels(monkeypatch, capfd, tmp_path):

@@ -335,7 +335,7 @@ def test_fields_of_a_config_that_are_not_known_here_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("options, said", [
-    (["--output", "."], "a file in a folder that exists"), (["--output", "nowhere/x.gguf"], "a folder that exists"),
+    (["--output", "."], "a file is expected"), (["--output", "nowhere/x.gguf"], "no such folder"),
     (["--output", "x.gguf", "--random_weights", "Llama-3.2-1B", "--checkpoint_path", str(DEMO)], "give one of them"),
     (["--output", "x.gguf", "--quantize", "int3"], "unknown quantization mode"), ([], "--output"),
     (["--output", "x.gguf", "--checkpoint_path", "nowhere"], "there is no folder nowhere"),

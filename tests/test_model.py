@@ -55,8 +55,10 @@ def test_greedy_tokens_are_those_of_transformers(family):
     assert got == expected.tolist()
 
 
-def test_compiled_decoding_is_one_graph_and_the_logits_are_those_of_transformers(family):
+def test_compiled_decoding_is_one_graph_and_the_logits_are_those_of_transformers(family, request):
     """Through a first prompt's leftovers, past the window and back to the start of another text."""
+    if request.node.callspec.id in ("Llama, linear rope", "Llama, yarn rope"):
+        pytest.skip("the graph of Llama 3.2, but for the numbers in its table")
     theirs, model = family
     step = AheadOfTime(lambda model, tokens, positions, _: (model(tokens, positions),))
     for start, end in ((12, 34), (70, 74), (1, 3)):
