@@ -9,7 +9,6 @@ from decoding import Steps
 from scripts import speculation
 from scripts.tables import speculation_table
 
-
 DRAFT = ROOT / "checkpoints" / "demo-draft"
 
 
@@ -24,11 +23,11 @@ def test_each_text_and_way_is_a_row(command, tmp_path):
                              "fp32", "--new_tokens", "12", "--repeats", "1", "--output", str(output))
     assert code == 0, err
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    ways = ["plain", "lookup, 2", "lookup, auto", f"{DRAFT}, 2", f"{DRAFT}, auto"]
+    ways = ["plain", "lookup, 2", "lookup, auto", "demo-draft, 2", "demo-draft, auto"]
     assert [(r["text"], r["way"]) for r in rows] == [(t, w) for t in ("edit", "code", "unlike") for w in ways]
     assert all(r["same_tokens"] is (None if r["text"] == "unlike" else True) for r in rows)
     assert all(r["over_plain"] == 1 for r in rows if r["way"] == "plain") and out.count("\n") == len(rows) + 1
-    drafted = next(r for r in rows if r["way"] == f"{DRAFT}, 2")
+    drafted = next(r for r in rows if r["way"] == "demo-draft, 2")
     assert drafted["rounds"] and drafted["draft_ms"] > 0 and drafted["verify_ms"] > 0
     table = speculation_table(rows)
     assert table.count("\n| demo |") == len(rows) and f"| {drafted['over_plain']:.2f} |" in table
