@@ -48,7 +48,7 @@ SUITES = {  # lists of options, a run of the benchmark each
             f"{ONE_B} --quantize none,int8,int4,int4-pure --new_tokens 32 --repeats 3",
             f"{ONE_B} --quantize none,int8,int4-pure --prompt_length 128 --new_tokens 4 --repeats 3 --ours compiled",
             f"{ONE_B} --quantize int4 --depth 0,1024,4096 --new_tokens 32 --repeats 3 --ours compiled --starts",
-            f"{ONE_B} --quantize int4 --batch 1,2,4,8 --new_tokens 32 --repeats 3 --ours compiled",
+            f"{ONE_B} --quantize int4 --batch 1,2,4,8,16,32 --new_tokens 32 --repeats 3 --ours compiled",
             "--random_weights benchmarks/qwen3-moe-8-layers.json --quantize int4 --new_tokens 32 --repeats 3",
             "--random_weights Gemma-3-1B --quantize int4 --new_tokens 32 --repeats 3",
             "--random_weights Qwen3.5-4B --quantize int4 --new_tokens 16 --repeats 3"],

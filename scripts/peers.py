@@ -212,8 +212,9 @@ def run_llama(program: str, case: Case, options: list[str]) -> tuple[Run, dict]:
     steps = case.new_tokens - 1  # the first belongs to the prompt
     filled, threads = case.depth + case.prompt_length, str(torch.get_num_threads())
     if case.batch > 1:
+        room = -(-(filled + steps) // 256) * 256  # of a row: it rounds less down
         found = ask_llama([program, *options, "-npp", str(filled), "-ntg", str(steps), "-npl", str(case.batch),
-                           "-c", str(case.batch * (filled + steps)), "--output-format", "jsonl", "-t", threads])
+                           "-c", str(case.batch * room), "--output-format", "jsonl", "-t", threads])
         return Run(None if case.depth else found["t_pp"], found["t_tg"]), found
     seconds = []
     for size in (["-p", str(case.prompt_length), "-n", "0", "-d", str(case.depth)],
