@@ -39,7 +39,7 @@ from scripts.rows import check
 PAGE = Path(__file__).with_name("chat.html")
 MOST_BODY = 4 << 20  # bytes of a request
 LARGE_BODY = 16 << 10  # bytes from which on a request is read beside the loop, which others wait for
-BLOCK = 64  # tokens: prompts are cut into powers of two of it on a CPU, whose matrix library keeps 2 MB for each size
+BLOCK = 128  # tokens: prompts are cut into powers of two of it on a CPU, whose matrix library keeps 2 MB for each size
 SWITCH = 0.0005  # seconds until a thread gives way to the other: texts must not hold up the steps that make them
 POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
           "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")

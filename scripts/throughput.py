@@ -86,7 +86,7 @@ class Case:
 
     def load(self, **settings) -> tuple[Transformer, Tokenizer | None]:
         """The model anew, in another form."""
-        return load(self.args, self.quantize, **settings)
+        return load(self.args, **{"quantize": self.quantize} | settings)
 
 
 def load(args: Namespace, quantize: str | None, **settings) -> tuple[Transformer, Tokenizer | None]:

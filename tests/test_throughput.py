@@ -82,6 +82,12 @@ def test_padded_batches_of_transformers_are_our_texts():
     assert ends[0] == 1  # a text that ended is not counted on
 
 
+def test_transformers_has_the_weights_before_they_were_rounded(command, tmp_path, folder):
+    rows, err = rows_of(command, tmp_path, "--checkpoint_path", folder.write(), "--quantize", "int8", "--peers",
+                        "transformers", "--batch_size", "2", "--warmup", "0")
+    assert rows["transformers"]["new_tokens"] == sum(Work.of(5, 4096).new), err
+
+
 def test_our_server_writes_the_same_number_of_tokens(command, tmp_path):
     rows, err = rows_of(command, tmp_path, "--peers", "server", "--dtype", "fp32", "--batch_size", "3", "--warmup", "0")
     assert rows.keys() == {"ours", "our server"}, err
