@@ -19,9 +19,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <torch/library.h>
 
 #include "cpu_common.h"
+#include "cpu_operators.h"
 #include "cpu_vectors.h"
 
 #include <algorithm>
@@ -88,7 +88,9 @@ void pack_row_int4(const uint8_t* w, int64_t inputs, const Layout& l, uint8_t* o
   }
 }
 
-Tensor pack(const Tensor& weight, const Tensor& scale) {
+}  // namespace
+
+Tensor LIBRARY::pack(const Tensor& weight, const Tensor& scale) {
   bool int4 = weight.scalar_type() == at::kByte;
   TORCH_CHECK(int4 || weight.scalar_type() == at::kChar, "weights are int8, or uint8 for int4");
   TORCH_CHECK(scale.scalar_type() == (int4 ? at::kHalf : at::kFloat), "scales are float32, for int4 float16");
@@ -129,6 +131,8 @@ Tensor pack(const Tensor& weight, const Tensor& scale) {
   return packed;
 }
 
+namespace {
+
 void unpack_row(const uint8_t* tile, int64_t r, int64_t inputs, const Layout& l, float* y) {
   for (int64_t k = 0; k < inputs; k += 4) {  // 4 columns: one lane, or the low or high halves of one
     const uint8_t* unit = l.group ? tile + k / (2 * l.group) * l.unit : tile;
@@ -140,7 +144,9 @@ void unpack_row(const uint8_t* tile, int64_t r, int64_t inputs, const Layout& l,
   }
 }
 
-Tensor unpack_rows(const Tensor& packed, const Tensor& rows, int64_t inputs, int64_t group) {
+}  // namespace
+
+Tensor LIBRARY::unpack_rows(const Tensor& packed, const Tensor& rows, int64_t inputs, int64_t group) {
   Layout l(inputs, group);
   l.check(packed, 2);
   TORCH_CHECK(rows.scalar_type() == at::kLong, "rows are int64");
@@ -158,6 +164,8 @@ Tensor unpack_rows(const Tensor& packed, const Tensor& rows, int64_t inputs, int
   });
   return out;
 }
+
+namespace {
 
 // -- rounding x -------------------------------------------------------------------------------------------------------
 
@@ -341,8 +349,10 @@ template <typename T> void prepare(Product& p, const Tensor& x, int64_t inputs) 
   });
 }
 
-Tensor packed_linear(const Tensor& x_, const Tensor& packed, int64_t outputs, int64_t group,
-                     const std::optional<Tensor>& chosen) {
+}  // namespace
+
+Tensor LIBRARY::packed_linear(const Tensor& x_, const Tensor& packed, int64_t outputs, int64_t group,
+                              const std::optional<Tensor>& chosen) {
   TORCH_CHECK(x_.dim() > 0, "x has no columns");
   Tensor x = x_.contiguous();
   int64_t inputs = x.size(-1);
@@ -377,12 +387,4 @@ Tensor packed_linear(const Tensor& x_, const Tensor& packed, int64_t outputs, in
     }
   });
   return y;
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) {
-  m.impl("pack", &pack);
-  m.impl("unpack_rows", &unpack_rows);
-  m.impl("packed_linear", &packed_linear);
 }

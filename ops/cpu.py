@@ -86,7 +86,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 def made(path: Path, folder: Path, compiler: list[str], compiling: list[str], linking: list[str]) -> Path | None:
     """The library at `path`, by way of `folder`: whole or not at all."""
-    print("note: building the CPU kernels, once (~15 s)", file=sys.stderr, flush=True)
+    print("note: building the CPU kernels, once (~25 s)", file=sys.stderr, flush=True)
     library = folder / "made.so"
     try:
         objects = {source: str(folder / f"{source.stem}.o") for source in sources(".cpp")}

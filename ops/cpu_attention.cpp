@@ -16,11 +16,11 @@
 // numbers of a cache; it becomes WIDE registers of float32.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "cpu_common.h"
 #include "cpu_floats.h"
 #include "cpu_int8.h"
+#include "cpu_operators.h"
 
 #include <atomic>
 #include <cmath>
@@ -359,9 +359,11 @@ template <typename T, typename C> void run(const Tensors& t, double scale, int64
   (c.E % PIECE<C> == 0 ? attend<T, C, true> : attend<T, C, false>)(c, q.size(0));
 }
 
-Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& positions, double scale,
-                        int64_t window, const std::optional<Tensor>& sinks, const std::optional<Tensor>& k_scale,
-                        const std::optional<Tensor>& v_scale) {
+}  // namespace
+
+Tensor LIBRARY::decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& positions,
+                                 double scale, int64_t window, const std::optional<Tensor>& sinks,
+                                 const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.sizes() == k.sizes() && positions.dim() == 2, "a shape is wrong");
   TORCH_CHECK(k.size(0) == q.size(0) && k.size(1) == q.size(1) && k.size(3) == q.size(3), "q ", q.sizes(),
               " does not fit caches ", k.sizes());
@@ -388,7 +390,3 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   else TORCH_CHECK(false, "q is ", q.scalar_type(), ", not float32, bfloat16 or float16");
   return t.y;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) { m.impl("decode_attention", &decode_attention); }

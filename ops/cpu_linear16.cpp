@@ -11,9 +11,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
-#include <torch/library.h>
 
 #include "cpu_common.h"
+#include "cpu_operators.h"
 #include "cpu_vectors.h"
 
 #include <array>
@@ -188,7 +188,9 @@ bool better_in_pytorch(const Tensor& x, int64_t M) {  // which has blocks for mo
 #endif
 }
 
-Tensor linear16(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& chosen) {
+}  // namespace
+
+Tensor LIBRARY::linear16(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& chosen) {
   TORCH_CHECK(x_.dim() > 0 && weight_.dim() == (chosen ? 3 : 2) && x_.size(-1) == weight_.size(-1) && x_.size(-1) > 0,
               "x ", x_.sizes(), " and weight ", weight_.sizes(), " do not fit");
   TORCH_CHECK(x_.scalar_type() == weight_.scalar_type(), "x is ", x_.scalar_type(), ", weight ", weight_.scalar_type());
@@ -204,7 +206,3 @@ Tensor linear16(const Tensor& x_, const Tensor& weight_, const std::optional<Ten
   else TORCH_CHECK(false, "x is ", x.scalar_type(), ", not bfloat16 or float16");
   return y;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) { m.impl("linear16", &linear16); }

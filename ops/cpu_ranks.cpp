@@ -7,7 +7,8 @@
 // Ranks are added up in their order, so that each has the same bits.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
+
+#include "cpu_operators.h"
 
 #include <atomic>
 #include <chrono>
@@ -31,10 +32,12 @@ constexpr int64_t LINE = 64;
 constexpr auto SPIN = std::chrono::microseconds(500);      // then the core is given to others between two looks
 constexpr auto PATIENCE = std::chrono::milliseconds(200);  // then the caller is to see whether all are alive
 
+}  // namespace
+
 // x float32 [n]: this rank's part of a round, already written if not `fresh`. Returns the sum [n], or all parts
 // [ranks, n]; nothing if the others have not come, and then it is to be called again.
-Tensor exchange(const Tensor& shared, const Tensor& x, int64_t rank, int64_t ranks, int64_t round, bool fresh,
-                bool sum) {
+Tensor LIBRARY::exchange(const Tensor& shared, const Tensor& x, int64_t rank, int64_t ranks, int64_t round, bool fresh,
+                         bool sum) {
   const int64_t n = x.numel(), block = shared.numel() / ranks, capacity = (block - LINE) / 2;
   TORCH_CHECK(x.is_contiguous() && x.scalar_type() == at::kFloat && n * 4 <= capacity, "exchange: ", n, " numbers");
   auto* const base = static_cast<char*>(shared.data_ptr());
@@ -69,7 +72,3 @@ Tensor exchange(const Tensor& shared, const Tensor& x, int64_t rank, int64_t ran
   }
   return total;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) { m.impl("exchange", &exchange); }

@@ -1,0 +1,21 @@
+// The operators of ops/__init__.py that have kernels in ops/cpu*.cpp; cpu_library.cpp hands them to PyTorch.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace LIBRARY {
+
+at::Tensor pack(const at::Tensor& weight, const at::Tensor& scale);
+at::Tensor unpack_rows(const at::Tensor& packed, const at::Tensor& rows, int64_t inputs, int64_t group);
+at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, int64_t outputs, int64_t group,
+                         const std::optional<at::Tensor>& chosen);
+at::Tensor linear16(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& chosen);
+at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& positions,
+                            double scale, int64_t window, const std::optional<at::Tensor>& sinks,
+                            const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& v_scale);
+at::Tensor exchange(const at::Tensor& shared, const at::Tensor& x, int64_t rank, int64_t ranks, int64_t round,
+                    bool fresh, bool sum);
+
+}  // namespace LIBRARY
