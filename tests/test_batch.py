@@ -307,7 +307,7 @@ def test_a_continuation_keeps_the_space_it_begins_with():
     words = ["def", " f", "(a,", " b", ")"]
     dropping = SimpleNamespace(decode=lambda ids: "".join(words[i] for i in ids).removeprefix(" "))
     for i in range(6):
-        for strings, shown in (((), True), ((), False), (("never",), False)):
+        for strings, shown in (((), True), ((), False), (("never",), False), (("b)!",), True)):
             text = metrics.Growing(dropping, range(i), strings, shown)
             pieces = [text.push(word) for word in range(i, 5)]
             assert any(pieces) == ((shown or bool(strings)) and i < 5)
