@@ -62,14 +62,14 @@ class Growing:
 
     def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stop_strings: Sequence[str] = (),
                  shown: bool = True) -> None:
-        self.prompt, self.tokens, self.times, self.text = list(prompt), [], [], ""
+        self.prompt, self.tokens, self.times, self.pieces = list(prompt), [], [], []
         self.stream, self.until = Stream(tokenizer, prompt) if tokenizer else None, Stops(stop_strings)
         self.shown = shown or bool(self.until.strings)
 
     def push(self, token: int) -> str:
         """What is readable and certain now, and was not before. `until.met`: the text has ended."""
-        self.tokens.append(token)
         self.times.append(time.perf_counter())
+        self.tokens.append(token)
         if self.stream is None:
             return self._add(f"{token} ")
         if self.shown:
@@ -82,13 +82,13 @@ class Growing:
         return self._add(self.until.push(self.stream.flush() if self.stream else "") + self.until.flush())
 
     def _add(self, piece: str) -> str:
-        self.text += piece
+        self.pieces.append(piece)
         return piece
 
     def sample(self, model: Transformer, stop: str, start: float, cached: int = 0) -> Sample:
         """Its numbers; `stop` is why it ended, if not at a string, and the rest as in `measure`."""
-        sample = measure(model, self.prompt, self.tokens, self.text, "stop_string" if self.until.met else stop, start,
-                         self.times, cached)
+        stop = "stop_string" if self.until.met else stop
+        sample = measure(model, self.prompt, self.tokens, "".join(self.pieces), stop, start, self.times, cached)
         if any(isinstance(token, Scored) for token in self.tokens):
             sample.logprobs = [{"logprob": token.logprob, "top": token.top} for token in self.tokens]
         return sample

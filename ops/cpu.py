@@ -5,7 +5,6 @@ above all: a home folder may serve several machines. Without a compiler everythi
 """
 import atexit
 import contextlib
-import fcntl
 import functools
 import hashlib
 import os
@@ -75,13 +74,13 @@ def build(variant: str = "native") -> Path | None:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Without other processes that build there: each would take all cores, for the same."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # not every file system has locks
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(ImportError, OSError):  # Windows, and file systems without locks
+            import fcntl
+            handle = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, handle)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
 
 
 def made(path: Path, folder: Path, compiler: list[str], compiling: list[str], linking: list[str]) -> Path | None:

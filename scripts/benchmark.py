@@ -22,12 +22,12 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import device as machine
+from checkpoint import resolve_checkpoint
 from config import Quantization
 from decoding import Steps, compiled_steps, generate_rows, prepare
 from errors import Parser, UserError, run_command
@@ -114,7 +114,8 @@ def starts(args: Namespace, quantize: str | None) -> dict:
     command = [sys.executable, "generate.py", "--compile", "--json", "--max_new_tokens", "8", "--device", args.device,
                "--dtype", args.dtype, "--kv_dtype", args.kv_dtype, "--threads", str(args.threads)]
     command += ["--random_weights", args.random_weights] if args.random_weights else []
-    command += ["--checkpoint_path", str(Path(args.checkpoint_path).absolute())] if args.checkpoint_path else []
+    if args.checkpoint_path:
+        command += ["--checkpoint_path", str(resolve_checkpoint(args.checkpoint_path).absolute())]
     command += ["--quantize", quantize] if quantize else []
     with tempfile.TemporaryDirectory() as folder:
         for state in ("cold", "warm"):

@@ -35,6 +35,7 @@ from tqdm import tqdm
 import device as machine
 import prompts
 from batch import Batch, Request
+from checkpoint import resolve_checkpoint
 from config import Quantization
 from decoding import Steps, compiled_steps
 from errors import Parser, UserError, run_command
@@ -150,11 +151,15 @@ class Server:
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, cwd=DEMO.parent.parent,
                                         env=os.environ | environment)
         end = time.monotonic() + PATIENCE
-        while not self.there():
-            if self.process.poll() is not None or time.monotonic() > end:
-                self.close()
-                raise Absent(self.last_words(command[0]))
-            time.sleep(0.2)
+        try:
+            while not self.there():
+                if self.process.poll() is not None or time.monotonic() > end:
+                    self.process.kill()
+                    raise Absent(self.last_words(command[0]))
+                time.sleep(0.2)
+        except BaseException:  # Ctrl-C, too: nobody else could end it
+            self.close()
+            raise
 
     def there(self) -> bool:
         try:
@@ -166,7 +171,7 @@ class Server:
     def last_words(self, name: str) -> str:
         self.log.seek(0)
         lines = self.log.read().strip().splitlines() or ["it said nothing"]
-        return f"{name} ended with exit code {self.process.returncode}: {lines[-1]}"
+        return f"{name} ended with exit code {self.process.wait()}: {lines[-1]}"
 
     def ask(self, body: dict) -> int:
         request = urllib.request.Request(self.url + self.path, json.dumps(body).encode(),
@@ -202,7 +207,8 @@ def our_server(case: Case) -> Server:
                "--max_waiting", str(len(case.work.new)), "--max_length", str(case.work.longest), "--device",
                args.device, "--dtype", args.dtype, "--threads", str(args.threads),
                *([] if args.eager else ["--compile"]), *(["--quantize", case.quantize] if case.quantize else []),
-               *(["--checkpoint_path", str(Path(args.checkpoint_path).absolute())] if args.checkpoint_path else [])]
+               *(["--checkpoint_path", str(resolve_checkpoint(args.checkpoint_path).absolute())] if args.checkpoint_path
+                 else [])]
     bodies = [{"prompt": prompt, "max_tokens": new, "temperature": 0}
               for prompt, new in zip(case.work.prompts, case.work.new, strict=True)]
     return Server(command, f"http://127.0.0.1:{port}", "/v1/completions", bodies,

@@ -312,7 +312,7 @@ def test_a_continuation_keeps_the_space_it_begins_with():
             pieces = [text.push(word) for word in range(i, 5)]
             assert any(pieces) == ((shown or bool(strings)) and i < 5)
             assert dropping.decode(range(i)) + "".join([*pieces, text.close()]) == "def f(a, b)"
-            assert text.text == "def f(a, b)".removeprefix(dropping.decode(range(i))) and not text.until.met
+            assert "".join(text.pieces) == "def f(a, b)".removeprefix(dropping.decode(range(i))) and not text.until.met
 
 
 def test_a_file_of_prompts_becomes_a_file_of_texts(command, tmp_path):

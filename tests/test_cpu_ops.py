@@ -231,6 +231,13 @@ def test_processes_that_start_together_build_once(tmp_path):
     assert [path.suffix for path in (tmp_path / "readonce" / "ops").iterdir()] == [".so"]
 
 
+def test_without_locks_it_is_built_all_the_same(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with cpu.alone(tmp_path):
+        (tmp_path / "made").touch()
+    assert (tmp_path / "made").exists()
+
+
 def test_without_a_compiler_there_is_one_line_and_no_kernels(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(device, "cache_dir", lambda: tmp_path)
     broken = tmp_path / "compiler"
