@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import ops
 import rounding
 from config import Rope
+from ops import fused
 
 
 class Matrix(nn.Module):
@@ -60,6 +61,12 @@ class Matrix(nn.Module):
         if self.bias is None:
             return y
         return y + (self.bias.to(y.dtype) if chosen is None else self.bias[chosen])
+
+    def gated(self, x: Tensor, activation: str, chosen: Tensor | None = None) -> Tensor:
+        """`times` with half of the outputs as gates of the others, [..., inputs] -> [..., outputs / 2]."""
+        if self.bias is None and not self.packed and fused.gates(x, self.weight, self.scale):
+            return torch.ops.readonce.gated_linear(x, self.weight, self.scale, chosen, activation)
+        return fused.activate(activation, self.times(x, chosen))
 
 
 class Linear(Matrix):

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ops
 from config import DeltaNetConfig
 from layers import Linear, RMSNorm
+from ops import fused
 
 CHUNK = 64  # tokens solved at once; a prompt is best cut at multiples of it
 
@@ -146,7 +146,7 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:  # [B, S, D] at [B, S]
         c, S, cache = self.config, x.shape[1], self.cache
         qkvz, ba = self.w_qkvz(x), self.w_ba(x)
-        if ops.delta_kernel_takes(positions, cache.state):
+        if fused.delta_kernel_takes(positions, cache.state):
             return self.wo(torch.ops.readonce.delta_step(qkvz, ba, positions, cache.conv, cache.state, self.conv,
                                                          self.A_log, self.dt_bias, self.norm.weight, self.norm.eps))
         qkv, z = qkvz.split([conv_width(c), c.n_v_heads * c.v_dim], -1)

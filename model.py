@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ops
@@ -80,15 +79,6 @@ class Attention(nn.Module):
 
 # -- feed-forward -----------------------------------------------------------------------------------------------------
 
-def activate(name: str, x: Tensor) -> Tensor:
-    """[..., 2 F], gate and up side by side -> [..., F] (Shazeer 2020, arXiv 2002.05202)."""
-    gate, up = x.chunk(2, -1)
-    if name == "clamped_silu":  # gpt-oss
-        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
-    return (F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh")) * up
-
-
 class FeedForward(nn.Module):
     """w2(act(gate) * up), gate and up from one matrix."""
 
@@ -99,7 +89,7 @@ class FeedForward(nn.Module):
         self.w2 = Linear(ffn_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, S, D]
-        return self.w2(activate(self.activation, self.w13(x)))
+        return self.w2(self.w13.gated(x, self.activation))
 
 
 class Experts(nn.Module):
@@ -129,7 +119,7 @@ class Experts(nn.Module):
         """What the chosen experts make of x [B, S, D], weighed and summed."""
         active, chosen = self.config.n_active, chosen.flatten()  # [N * A]
         rows = x.flatten(0, 1).repeat_interleave(active, 0)  # [N * A, D]
-        y = self.w2(activate(self.activation, self.w13(rows, chosen)), chosen)
+        y = self.w2(self.w13.gated(rows, self.activation, chosen), chosen)
         return (y.view(*weights.shape, -1).float() * weights[..., None]).sum(2).to(x.dtype)
 
 

@@ -49,17 +49,31 @@ def packed_layout() -> str:
     return importlib.import_module("ops.cpu").build().stem
 
 
+def loaded(operator: str, device_type: str) -> bool:
+    """Whether a device's own kernel for an operator is there."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"readonce::{operator}", device_type.upper())
+
+
+loaded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import the compiler
+
+
 # -- linear -----------------------------------------------------------------------------------------------------------
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in] transposed -> [..., out]; with a scale, of a quantized weight."""
     if scale is not None:
         return torch.ops.readonce.quantized_linear(x, weight, scale)
-    if weight.itemsize == 2 and (x.device.type == "cpu" or (x.device.type == "mps" and not MPS_STREAMS)):
+    if streams16(x, weight):
         return torch.ops.readonce.linear16(x, weight, None)
     if x.device.type == "mps":  # there PyTorch takes slower ways for more dimensions than two
         return F.linear(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
     return F.linear(x, weight)
+
+
+def streams16(x: Tensor, weight: Tensor) -> bool:
+    """Whether a device has a kernel of ours for 16-bit weights, or in the CPU's case a better way than F.linear."""
+    known = {"cpu": True, "cuda": loaded("linear16", "cuda"), "mps": not MPS_STREAMS}
+    return weight.itemsize == 2 and known.get(x.device.type, False)
 
 
 LIBRARY.define("linear16(Tensor x, Tensor weight, Tensor? chosen) -> Tensor")
@@ -103,12 +117,12 @@ EXPERT_ROWS = 64  # up to so many rows a GPU reads an expert's matrix anew for e
 def expert_linear(x: Tensor, weight: Tensor, chosen: Tensor, scale: Tensor | None = None) -> Tensor:
     """Row n of x [N, in] times weight[chosen[n]] [out, in] transposed -> [N, out]; only chosen matrices are read.
 
-    For a few rows off the CPU: a product and a sum, which the compiler makes one kernel that reads the matrices where
-    they lie, and which never waits for the device (a matmul would first gather them).
+    For a few rows where there is no kernel for it: a product and a sum, which the compiler makes one kernel that reads
+    the matrices where they lie, and which never waits for the device (a matmul would first gather them).
     """
     if scale is not None:
         return torch.ops.readonce.quantized_expert_linear(x, weight, scale, chosen)
-    if x.device.type == "cpu" and weight.itemsize == 2:
+    if x.device.type in ("cpu", "cuda") and streams16(x, weight):
         return torch.ops.readonce.linear16(x, weight, chosen)
     if x.device.type != "cpu" and x.shape[0] <= EXPERT_ROWS:
         return (weight[chosen] * x[:, None]).sum(-1, dtype=torch.float32).to(x.dtype)
@@ -257,10 +271,7 @@ def visible(keys: Tensor, positions: Tensor, window: int | None) -> Tensor:
 
 def cpu_attends() -> bool:
     """Whether ops/cpu_attention.cpp is loaded."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("readonce::decode_attention", "CPU")
-
-
-cpu_attends._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import the compiler
+    return loaded("decode_attention", "cpu")
 
 
 def kernel_reads_positions(positions: Tensor) -> bool:
@@ -370,25 +381,3 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: 
 def _(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int, sinks: Tensor | None,
       k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
-
-
-# -- Gated DeltaNet ---------------------------------------------------------------------------------------------------
-
-LIBRARY.define("delta_step(Tensor qkvz, Tensor ba, Tensor positions, Tensor(a!) conv, Tensor(b!) state, Tensor taps, "
-               "Tensor decay, Tensor shift, Tensor norm, float eps) -> Tensor")
-
-
-def delta_kernel_takes(positions: Tensor, state: Tensor) -> bool:
-    """Whether a call at positions [B, S] has `torch.ops.readonce.delta_step`: all of a Gated DeltaNet layer between its
-    matrices in one kernel, as reference.delta_step has it. An Apple GPU alone: elsewhere the compiler fuses the parts.
-    """
-    few = positions.shape[1] <= state.shape[1]
-    if torch.compiler.is_compiling():
-        few = torch.fx.experimental.symbolic_shapes.statically_known_true(few)
-    return positions.device.type == "mps" and few
-
-
-@torch.library.register_fake("readonce::delta_step")
-def _(qkvz: Tensor, ba: Tensor, positions: Tensor, conv: Tensor, state: Tensor, taps: Tensor, decay: Tensor,
-      shift: Tensor, norm: Tensor, eps: float) -> Tensor:
-    return qkvz.new_empty(*qkvz.shape[:2], state.shape[2] * state.shape[4])

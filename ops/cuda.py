@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops import LIBRARY, cuda_quantized
+from ops import LIBRARY
 from ops.cuda_pdl import await_inputs, launch_options
 
 SPLITS = 32  # programs that share one kv head's cache: enough to fill a card at batch 1
@@ -125,5 +125,3 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: 
 
 
 LIBRARY.impl("decode_attention", decode_attention, "CUDA")
-LIBRARY.impl("quantized_linear", cuda_quantized.quantized_linear, "CUDA")
-LIBRARY.impl("quantized_expert_linear", cuda_quantized.quantized_expert_linear, "CUDA")

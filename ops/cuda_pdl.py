@@ -43,11 +43,12 @@ def await_inputs(PDL: tl.constexpr):
 
 
 @triton.jit
-def prefetch_rows(matrix, row, real, BYTES: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr):
-    """Let the first MOST bytes of rows of BYTES bytes, where `real`, come to the L2 cache; nothing is waited for."""
+def prefetch_rows(matrix, row, real, LENGTH: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr):
+    """Let the first MOST bytes of rows of LENGTH numbers, where `real`, come to the L2 cache; nothing is waited for."""
     if PDL:
-        line = tl.arange(0, MOST // LINE) * LINE
-        address = (matrix + row[:, None] * BYTES + line[None, :]).to(tl.int64)
-        address = tl.where(real[:, None] & (line < BYTES)[None, :], address, matrix.to(tl.int64))
+        BYTES: tl.constexpr = matrix.dtype.element_ty.primitive_bitwidth // 8
+        at = tl.arange(0, MOST // LINE) * (LINE // BYTES)
+        address = (matrix + row[:, None] * LENGTH + at[None, :]).to(tl.int64)
+        address = tl.where(real[:, None] & (at < LENGTH)[None, :], address, matrix.to(tl.int64))
         tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32,
                                   is_pure=False, pack=1)

@@ -3,9 +3,9 @@
     python -m scripts.tune_cuda                                        # the matrices of Llama-3.1-8B
     python -m scripts.tune_cuda --shape Qwen3.5-4B --rows 1,8 --output tune.jsonl
 
-First the ceilings: bytes/s of plain reads, operations/s of matrix products. Then, for some matrices of a layer, int8
-and int4, the time of one product in a CUDA graph that walks over copies too many for any cache, with each tile; `*`
-marks the one that is used, and what is faster shows how `ops/cuda_quantized.tile` should choose. Last, one layer's
+First the ceilings: bytes/s of plain reads, operations/s of matrix products. Then, for some matrices of a layer, bf16,
+int8 and int4, the time of one product in a CUDA graph that walks over copies too many for any cache, with each tile;
+`*` marks the one that is used, and what is faster shows how `ops/cuda_linear.tile` should choose. Last, one layer's
 products in a row, 32 times, with each kernel begun when the one before has ended, and before (see ops/cuda_pdl.py).
 """
 import functools
@@ -29,7 +29,7 @@ from model import Transformer
 from scripts.rows import add_output, append, check, listed, origin
 
 COLD = 1 << 28  # bytes of copies that are walked over: several times the L2 cache
-GROUPS = {"int8": 0, "int4": 32}
+GROUPS = {"bf16": None, "int8": 0, "int4": 32}
 
 
 # -- what is timed ----------------------------------------------------------------------------------------------------
@@ -42,24 +42,31 @@ def matrices(shape: str) -> dict[str, tuple[int, int]]:
             if isinstance(module, Linear) and module.shape[0] >= 256}
 
 
-def quantized(outputs: int, inputs: int, group: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A matrix of random bytes, and its scales."""
+def matrix(outputs: int, inputs: int, group: int | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """A matrix of random bytes, and its scales; group None: of random numbers, bfloat16, and none."""
+    if group is None:
+        return torch.randn(outputs, inputs, dtype=torch.bfloat16, device=device), None
     if group:
-        weight = torch.randint(256, (outputs, inputs // 2), dtype=torch.uint8, device=device)
-        return weight, torch.rand(outputs, inputs // group, device=device).half() / 64
+        weight = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=device)
+        return weight, (torch.rand(outputs, inputs // group, device=device) / 99).half()
     weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, device=device)
     return weight, torch.rand(outputs, device=device) / 999
 
 
-def tiles(x: Tensor, weight: Tensor, scale: Tensor) -> Iterator:
+def size_of(weight: Tensor, scale: Tensor | None) -> int:
+    return weight.nbytes + (0 if scale is None else scale.nbytes)
+
+
+def tiles(x: Tensor, weight: Tensor, scale: Tensor | None) -> Iterator:
     """The tile that is used, then all others that divide the matrix."""
-    kernels = importlib.import_module("ops.cuda_quantized")  # Triton's: on a machine with a GPU only
-    used, group = kernels.tile_for(x, weight, scale), kernels.group_of(x, weight, scale)
+    kernels = importlib.import_module("ops.cuda_linear")  # Triton's: on a machine with a GPU only
+    used, group = kernels.tile_for(x, weight, scale), kernels.group_of(x, scale)
     yield used
     (outputs, length), rows = weight.shape, x.shape[1]
     for out, piece, step, warps in itertools.product((16, 32, 64), (32, 64, 128), (256, 512, 1024), (4, 8)):
         spans = piece * 2 // group if group else 1
-        if spans and piece <= step and outputs % out == 0 and length % step == 0 and out * step // warps <= 1 << 12:
+        divides, held = outputs % out == 0 and length % step == 0, out * step * weight.itemsize // warps
+        if spans and piece <= step and divides and held <= 1 << 12:
             M = max(1 << (rows - 1).bit_length(), -(-8 // spans))
             other = kernels.Tile(M, out, step // piece, piece, True, warps)
             if other != used and M * spans <= 32:
@@ -92,10 +99,10 @@ def seconds(calls: list[Callable[[], object]], device: torch.device, repeats: in
 def sweep(name: str, size: tuple[int, int], mode: str, rows: int, dtype: torch.dtype, device: torch.device,
           bandwidth: float) -> list[dict]:
     """One matrix with each tile, fastest first; a tile that cannot be compiled or does not fit is left out."""
-    kernels = importlib.import_module("ops.cuda_quantized")
-    weight, scale = quantized(*size, GROUPS[mode], device)
-    held = weight.nbytes + scale.nbytes
-    copies = [(weight.clone(), scale.clone()) for _ in range(max(2, COLD // held))]
+    kernels = importlib.import_module("ops.cuda_linear")
+    weight, scale = matrix(*size, GROUPS[mode], device)
+    held = size_of(weight, scale)
+    copies = [(weight.clone(), None if scale is None else scale.clone()) for _ in range(max(2, COLD // held))]
     x = torch.randn(1, rows, size[1], device=device, dtype=dtype)
     found = []
     for number, tile in enumerate(tiles(x, weight, scale)):
@@ -115,11 +122,11 @@ def chain(sizes: dict[str, tuple[int, int]], mode: str, dtype: torch.dtype, devi
           bandwidth: float, layers: int = 32) -> Iterator[dict]:
     """The products of so many layers, each with weights of its own and with x of the same memory."""
     sizes = {name: size for name, size in sizes.items() if name != "output"}
-    weights = [quantized(*size, GROUPS[mode], device) for _ in range(layers) for size in sizes.values()]
+    weights = [matrix(*size, GROUPS[mode], device) for _ in range(layers) for size in sizes.values()]
     inputs = {size[1]: torch.randn(1, size[1], device=device, dtype=dtype) for size in sizes.values()}
-    held = sum(weight.nbytes + scale.nbytes for weight, scale in weights)
+    held = sum(size_of(*both) for both in weights)
     widths = [size[1] for size in sizes.values()] * layers
-    calls = [functools.partial(torch.ops.readonce.quantized_linear, inputs[width], *weight)
+    calls = [functools.partial(ops.linear, inputs[width], *weight)
              for width, weight in zip(widths, weights, strict=True)]
     for early in (False, True):
         os.environ["TORCHINDUCTOR_ENABLE_PDL"] = str(int(early))

@@ -15,7 +15,7 @@ import sys
 import pytest
 import torch
 from conftest import DEMO, ROOT
-from test_cuda_ops import CASES, check_quantized, folded, inputs
+from test_cuda_ops import CASES, check_linear, folded, inputs
 from tiny_models import FAMILIES, load, reference_model, run
 
 import device as machine
@@ -75,14 +75,16 @@ def test_attention_is_the_references(device, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_quantized_matrices_are_multiplied_to_rounding(device, dtype):
+def test_matrices_are_multiplied_to_rounding(device, dtype):
     if device == "cpu" and dtype != torch.float32:
         pytest.skip("the plain form rounds the matrix itself")
-    def there(op):
-        return lambda *tensors: op(*(t.to(device) for t in tensors)).cpu()
-    check_quantized(there(torch.ops.readonce.quantized_linear),
-                    lambda x, weight, scale, chosen: there(torch.ops.readonce.quantized_expert_linear)(
-                        x, weight, scale, chosen), dtype)
+    def linear(x, weight, scale, chosen, activation):
+        x, weight, scale, chosen = (None if t is None else t.to(device) for t in (x, weight, scale, chosen))
+        if activation:
+            return torch.ops.readonce.gated_linear(x, weight, scale, chosen, activation).cpu()
+        return (ops.linear(x, weight, scale) if chosen is None else ops.expert_linear(x, weight, chosen, scale)).cpu()
+    ours = torch.device(device).type == "cuda"  # kernels for all; elsewhere PyTorch's own may round on the way
+    check_linear(linear, dtype, (None, 0, 32, 64, 128) if ours and dtype != torch.float32 else (0, 32, 64, 128), ours)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 65])

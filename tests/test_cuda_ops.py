@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 import ops
-from ops import reference
+from ops import fused, reference
 
 # B, S, H, K, E, cache slots, window (0: none), positions up to
 CASES = [(1, 1, 8, 2, 16, 256, 0, 128), (1, 5, 4, 1, 64, 320, 0, 160), (2, 1, 3, 3, 32, 200, 0, 100),
@@ -82,8 +82,11 @@ def before_nan(t: torch.Tensor) -> torch.Tensor:
     return torch.cat([t.flatten(), behind])[:t.numel()].view_as(t)
 
 
-def quantized(outputs: int, inputs: int, group: int, experts: tuple[int, ...] = ()) -> tuple[torch.Tensor, ...]:
-    """Random bytes and scales of either format; group 0: int8."""
+def matrix(outputs: int, inputs: int, group: int | None, dtype: torch.dtype,
+           experts: tuple[int, ...] = ()) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Random bytes and scales of either format, group 0: int8; or None: random numbers, and no scales."""
+    if group is None:
+        return before_nan(torch.randn(*experts, outputs, inputs).to(dtype)), None
     shape = (*experts, outputs, inputs // 2 if group else inputs)
     weight = torch.randint(0, 256, shape).to(torch.uint8) if group else torch.randint(-127, 128, shape).to(torch.int8)
     scale = torch.randn(*shape[:-1], inputs // group) / 8 if group else torch.randn(shape[:-1]) / 99
@@ -97,34 +100,63 @@ def assert_product(got: torch.Tensor, x: torch.Tensor, wide: torch.Tensor, what:
     assert got.dtype == x.dtype and ((got.double() - terms.sum(-1)).abs() <= bound).all(), what
 
 
-def check_quantized(linear, expert_linear, dtype: torch.dtype) -> None:
-    """Odd shapes, rows on both sides of the kernel's limit, one expert for each row."""
-    for group in (0, 32, 64, 128):
+def assert_gated(got: torch.Tensor, x: torch.Tensor, wide: torch.Tensor, activation: str, what: object) -> None:
+    """`activate` behind that product, in float64: to the rounding of float32, and of the result."""
+    products = (x.double()[:, None] * wide.double()).sum(-1)
+    truth = fused.activate(activation, products)
+    slack = 2 ** -19 * (1 + products.abs().amax()) ** 2
+    assert got.dtype == x.dtype and got.shape == truth.shape, what
+    assert ((got.double() - truth).abs() <= slack + torch.finfo(x.dtype).eps * truth.abs()).all(), what
+
+
+ACTIVATIONS = ("silu", "gelu_tanh", "clamped_silu")
+
+
+def check_linear(linear, dtype: torch.dtype, groups: tuple[int | None, ...] = (None, 0, 32, 64, 128),
+                 gated: bool = True) -> None:
+    """`linear` as ops/cuda_linear.py has it: odd shapes, rows on both sides of the kernel's limit, one expert for each
+    row, activations."""
+    for group in groups:
         for rows in (1, 2, 5, 16, 17):
-            outputs = int(torch.randint(1, 40, ()))
-            inputs = int(torch.randint(1, 1200, ())) if group == 0 else group * int(torch.randint(1, 20, ()))
-            weight, scale = quantized(outputs, inputs, group)
+            outputs = 2 * int(torch.randint(1, 20, ()))
+            inputs = group * int(torch.randint(1, 20, ())) if group else int(torch.randint(1, 1200, ()))
+            weight, scale = matrix(outputs, inputs, group, dtype)
+            wide = weight if group is None else ops.dequantize(weight, scale)
             x = before_nan(torch.randn(rows, inputs).to(dtype))
+            activation = ACTIVATIONS[rows % 3]
             if rows <= 16 or dtype == torch.float32:  # more rows: the plain form, which rounds the matrix to the dtype
-                assert_product(linear(x, weight, scale), x, ops.dequantize(weight, scale)[None], (group, x.shape))
-        weight, scale = quantized(outputs, inputs, group, (4,))
+                assert_product(linear(x, weight, scale, None, None), x, wide[None], (group, x.shape))
+                if gated:
+                    assert_gated(linear(x / 16, weight, scale, None, activation), x / 16, wide[None], activation,
+                                 (group, x.shape, activation))
+        weight, scale = matrix(outputs, inputs, group, dtype, (4,))
+        wide = weight if group is None else ops.dequantize(weight, scale)
         chosen = torch.randint(4, (3,))
-        wide = ops.dequantize(weight, scale)
-        assert_product(expert_linear(x[:3], weight, scale, chosen), x[:3], wide[chosen], (group, x.shape, chosen))
+        assert_product(linear(x[:3], weight, scale, chosen, None), x[:3], wide[chosen], (group, x.shape, chosen))
+        if gated:
+            assert_gated(linear(x[:3] / 16, weight, scale, chosen, activation), x[:3] / 16, wide[chosen], activation,
+                         (group, x.shape, chosen, activation))
 
 
-def test_the_quantized_kernel_is_exact_to_rounding_and_reads_nothing_past_its_operands():
+def test_the_kernel_for_few_rows_is_exact_to_rounding_and_reads_nothing_past_its_operands():
     pytest.importorskip("triton")
     assert_equal_in_the_interpreter(f"""if True:
         import sys
         sys.path.insert(0, {str(ROOT / "tests")!r})
         import torch
-        from test_cuda_ops import check_quantized
-        from ops.cuda_quantized import quantized_expert_linear, quantized_linear
+        from test_cuda_ops import check_linear
+        from ops import cuda_linear
         for dtype in (torch.float32, torch.float16):  # the interpreter cannot multiply bfloat16
-            check_quantized(quantized_linear, quantized_expert_linear, dtype)
+            check_linear(cuda_linear.linear, dtype)
         print("equal")
     """)
+
+
+def test_a_gated_product_without_a_kernel_is_the_products_activation():
+    weight, scale = matrix(24, 64, 32, torch.float32)
+    x = torch.randn(2, 3, 64)
+    got = torch.ops.readonce.gated_linear(x, weight, scale, None, "silu")
+    torch.testing.assert_close(got, fused.activate("silu", ops.linear(x, weight, scale)))
 
 
 # -- the instructions that unpack -------------------------------------------------------------------------------------
@@ -171,7 +203,7 @@ def work_out(code: str, register: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_instructions_that_unpack_give_every_number():
     """Each byte at each of the four places of a register; the interpreter does not know PTX."""
     pytest.importorskip("triton")
-    from ops import cuda_quantized as q
+    from ops import cuda_linear as q
     signed = lambda byte: byte - 256 if byte > 127 else byte  # noqa: E731
     codes = {q.LOW_BF16: lambda byte: (byte & 15) - 8, q.LOW_FP16: lambda byte: (byte & 15) - 8,
              q.HIGH_BF16: lambda byte: (byte >> 4) - 8, q.HIGH_FP16: lambda byte: (byte >> 4) - 8,

@@ -1,0 +1,62 @@
+"""What a device may have in one kernel where the model takes several steps: a matrix and the activation behind it, all
+of a Gated DeltaNet layer between its matrices. Elsewhere the model takes the steps, and the compiler fuses what it can.
+
+Glossary: B batch, S tokens in this call, H heads, K and V widths of a head's keys and values, F feed-forward width.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ops import LIBRARY, expert_linear, linear, loaded
+
+# -- feed-forward -----------------------------------------------------------------------------------------------------
+
+def activate(name: str, x: Tensor) -> Tensor:
+    """[..., 2 F], gate and up side by side -> [..., F] (Shazeer 2020, arXiv 2002.05202)."""
+    gate, up = x.chunk(2, -1)
+    if name == "clamped_silu":  # gpt-oss
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    return (F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+
+LIBRARY.define("gated_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? chosen, str activation) -> Tensor")
+
+
+def gates(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether `torch.ops.readonce.gated_linear` is worth calling: on CUDA, for weights that its kernel reads."""
+    there = x.device.type == "cuda" and loaded("gated_linear", "cuda")
+    return there and (scale is not None or (weight.itemsize == 2 and weight.dtype == x.dtype))
+
+
+@torch.library.impl(LIBRARY, "gated_linear", "CompositeExplicitAutograd")
+def gated_linear(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None, activation: str) -> Tensor:
+    """`activate` behind x [..., in] times a matrix [2 F, in] transposed, by `chosen` one of several -> [..., F]."""
+    y = linear(x, weight, scale) if chosen is None else expert_linear(x, weight, chosen, scale)
+    return activate(activation, y)
+
+
+@torch.library.register_fake("readonce::gated_linear")
+def _(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None, activation: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[-2] // 2)
+
+
+# -- Gated DeltaNet ---------------------------------------------------------------------------------------------------
+
+LIBRARY.define("delta_step(Tensor qkvz, Tensor ba, Tensor positions, Tensor(a!) conv, Tensor(b!) state, Tensor taps, "
+               "Tensor decay, Tensor shift, Tensor norm, float eps) -> Tensor")
+
+
+def delta_kernel_takes(positions: Tensor, state: Tensor) -> bool:
+    """Whether a call at positions [B, S] has `torch.ops.readonce.delta_step`: a few tokens on a GPU. It computes what
+    reference.delta_step does."""
+    few = positions.shape[1] <= state.shape[1]
+    if torch.compiler.is_compiling():
+        few = torch.fx.experimental.symbolic_shapes.statically_known_true(few)
+    return few and positions.device.type != "cpu" and loaded("delta_step", positions.device.type)
+
+
+@torch.library.register_fake("readonce::delta_step")
+def _(qkvz: Tensor, ba: Tensor, positions: Tensor, conv: Tensor, state: Tensor, taps: Tensor, decay: Tensor,
+      shift: Tensor, norm: Tensor, eps: float) -> Tensor:
+    return qkvz.new_empty(*qkvz.shape[:2], state.shape[2] * state.shape[4])
