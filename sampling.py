@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from ops import fused
 
 
 @dataclass(frozen=True)
@@ -182,12 +183,12 @@ def sample(logits: Tensor, temperature: Tensor | None, top_k: int | None = None,
     there; for argmax the largest must be among them.
     """
     if temperature is None:
-        token = logits.argmax(-1, keepdim=True)
+        token, finite = fused.argmax(logits)
     else:
         probs, ids = distribution(logits, temperature, top_k, top_p, min_p, ids)
-        token = draw(probs)
+        token, finite = draw(probs), logits.isfinite().all(-1, keepdim=True)
     token = token if ids is None else ids.gather(-1, token)
-    return torch.where(logits.isfinite().all(-1, keepdim=True), token, -1)
+    return torch.where(finite, token, -1)
 
 
 def philox(first: Tensor, second: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,9 +218,9 @@ def sample_apart(logits: Tensor, position: Tensor, options: dict, ids: Tensor | 
     probs, places = distribution(logits, torch.where(greedy, 1.0, options["temperature"]), options["top_k"],
                                  options["top_p"], options["min_p"], ids, options["limit"])
     token = places.gather(-1, (probs / exponential(options["seed"], position, places)).argmax(-1, keepdim=True))
-    largest_one = logits.argmax(-1, keepdim=True)
-    token = torch.where(greedy, largest_one if ids is None else ids.gather(-1, largest_one), token)
-    return torch.where(logits.isfinite().all(-1, keepdim=True), token, -1)
+    likeliest, finite = fused.argmax(logits)
+    token = torch.where(greedy, likeliest if ids is None else ids.gather(-1, likeliest), token)
+    return torch.where(finite, token, -1)
 
 
 # -- what the text so far has to say ----------------------------------------------------------------------------------

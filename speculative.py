@@ -15,6 +15,7 @@ from torch import Tensor
 import device as machine
 from collectives import agreed
 from errors import UserError
+from ops import fused
 from pace import Pace, Statistics
 from sampling import distribution, draw
 
@@ -80,8 +81,8 @@ def accept(logits: Tensor, proposal: Proposal, given: Tensor, temperature: Tenso
 
 def greedy(logits: Tensor, ids: Tensor | None) -> Tensor:
     """argmax over the last dimension, as an id."""
-    best = logits.argmax(-1)
-    return best if ids is None else ids.gather(-1, best[..., None])[..., 0]
+    best, _ = fused.argmax(logits)
+    return (best if ids is None else ids.gather(-1, best))[..., 0]
 
 
 def synthetic_choice(probability: Tensor, drafted: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ def bind(device_type: str, dtype: torch.dtype = torch.float32) -> None:
     """Make the fast twins of a device known, for activations of `dtype`. Without Triton, or a compiler for
     ops/cpu*.cpp, the plain forms serve. On a CPU float32 is for exactness, which plain PyTorch has."""
     if device_type == "cuda" and importlib.util.find_spec("triton"):
-        importlib.import_module("ops.cuda")
+        for room in ("cuda_linear", "cuda_attention", "cuda_delta"):
+            importlib.import_module(f"ops.{room}")
     elif device_type == "mps":
         importlib.import_module("ops.mps")
     elif device_type == "cpu" and dtype.itemsize == 2:

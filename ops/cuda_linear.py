@@ -1,5 +1,5 @@
-"""A Triton kernel for matrices and few rows, of 16 bits or quantized. Imported by `ops/cuda.py`, so on a machine with
-a GPU only.
+"""A Triton kernel for matrices and few rows, of 16 bits or quantized. Imported by `ops.bind`, where there is an NVIDIA
+GPU.
 
 Not yet run on a GPU: the arithmetic is tested on a CPU through Triton's interpreter, the PTX by working it out
 (tests/test_cuda_ops.py), and what is said of instructions was counted in the machine code that Triton makes for an

@@ -1,5 +1,6 @@
-"""What a device may have in one kernel where the model takes several steps: a matrix and the activation behind it, all
-of a Gated DeltaNet layer between its matrices. Elsewhere the model takes the steps, and the compiler fuses what it can.
+"""Steps that some device takes in another way, and in fewer or better kernels than the compiler finds: a matrix and the
+activation behind it, all of a Gated DeltaNet layer between its matrices, the choice of the likeliest token. Elsewhere
+they are taken as the model has them, and the compiler fuses what it can.
 
 Glossary: B batch, S tokens in this call, H heads, K and V widths of a head's keys and values, F feed-forward width.
 """
@@ -60,3 +61,26 @@ def delta_kernel_takes(positions: Tensor, state: Tensor) -> bool:
 def _(qkvz: Tensor, ba: Tensor, positions: Tensor, conv: Tensor, state: Tensor, taps: Tensor, decay: Tensor,
       shift: Tensor, norm: Tensor, eps: float) -> Tensor:
     return qkvz.new_empty(*qkvz.shape[:2], state.shape[2] * state.shape[4])
+
+
+# -- the likeliest ----------------------------------------------------------------------------------------------------
+
+PIECES = 256  # of logits, for as many programs
+
+
+def argmax(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The index of the largest of numbers [..., N] and whether all are finite, both [..., 1]."""
+    if x.device.type == "cuda":
+        return argmax_of_pieces(x)
+    return x.argmax(-1, keepdim=True), x.isfinite().all(-1, keepdim=True)
+
+
+def argmax_of_pieces(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, the first of equals, in two steps. From one the compiler makes a single program for each row, which
+    looks through 128,256 logits alone while the rest of a card waits."""
+    pieces = F.pad(x, (0, -x.shape[-1] % PIECES), value=float("-inf")).unflatten(-1, (PIECES, -1))
+    values, places = pieces.max(-1)
+    best = values.argmax(-1, keepdim=True)
+    behind = torch.arange(pieces.shape[-2:].numel(), device=x.device).view(pieces.shape[-2:]) >= x.shape[-1]
+    finite = (pieces.isfinite() | behind).all(-1).all(-1, keepdim=True)
+    return best * pieces.shape[-1] + places.gather(-1, best), finite

@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from ops import cuda, cuda_linear  # noqa: E402
+from ops import cuda_attention, cuda_delta, cuda_linear  # noqa: E402
 
 SHARED = {75: 64, 80: 163, 89: 99, 90: 227, 100: 227}  # KB a program may have (CUDA C++ Programming Guide, table 30)
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int8: "i8",
@@ -55,7 +55,8 @@ def recorded(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(cuda_linear, "understands", lambda device, dtype: dtype != FP32)
     found = {}
-    for room, name in ((cuda, "attend_split"), (cuda, "join_splits"), (cuda_linear, "few_rows")):
+    for room, name in ((cuda_attention, "attend_split"), (cuda_attention, "join_splits"),
+                       (cuda_linear, "few_rows"), (cuda_delta, "delta_head")):
         found[name] = Recorder(getattr(room, name))
         monkeypatch.setattr(room, name, found[name])
     return found
@@ -67,8 +68,8 @@ def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 def attend(K: int, G: int, S: int, E: int, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> None:
     cache, scales = meta(1, K, 4096, E, dtype=kv_dtype or dtype), [meta(1, K, 4096, dtype=FP32)] * 2
-    cuda.decode_attention(meta(1, K, G * S, E, dtype=dtype), cache, cache, meta(1, S, dtype=torch.int64), 0.1, 0, None,
-                          *(scales if kv_dtype else []))
+    cuda_attention.decode_attention(meta(1, K, G * S, E, dtype=dtype), cache, cache, meta(1, S, dtype=torch.int64), 0.1,
+                                    0, None, *(scales if kv_dtype else []))
 
 
 def multiply(outputs: int, inputs: int, group: int | None, rows: int, dtype: torch.dtype,
@@ -79,6 +80,16 @@ def multiply(outputs: int, inputs: int, group: int | None, rows: int, dtype: tor
     if group is None:
         weight, scale = meta(outputs, inputs, dtype=dtype), None
     cuda_linear.linear(meta(rows, inputs, dtype=dtype), weight, scale, None, activation)
+
+
+def delta_step(heads: int, sharing: int, width: int, S: int, dtype: torch.dtype) -> None:
+    keys, values = heads // sharing * width, heads * width
+    channels = 2 * keys + values
+    cuda_delta.delta_step(
+        meta(1, S, channels + values, dtype=dtype), meta(1, S, 2 * heads, dtype=dtype),
+        meta(1, S, dtype=torch.int64), meta(1, 3 + S, channels, dtype=dtype),
+        meta(1, S, heads, width, width, dtype=FP32), meta(channels, 4, dtype=dtype),
+        *(meta(n, dtype=FP32) for n in (heads, heads, width)), 1e-6)
 
 
 def spilled(compiled, folder: Path) -> int:
@@ -152,12 +163,24 @@ def test_a_weight_costs_few_enough_instructions_for_the_memory_to_be_the_limit(r
     assert 1 < count < most, count
 
 
+@pytest.mark.parametrize("S", [1, 5])
+def test_a_step_of_the_delta_rule_compiles_within_the_registers_of_a_card(recorded, tmp_path, S):
+    """Qwen3.5-4B: 32 heads that share 16 keys, 128 wide."""
+    delta_step(32, 2, 128, S, BF16)
+    for card in (80, 90):
+        compiled = recorded["delta_head"].compile(card)
+        assert compiled.metadata.shared <= SHARED[card] << 10
+        assert spilled(compiled, tmp_path) <= 32 * (S - 1), card
+
+
 GLOBAL = r"(ld\.global|st\.global|cp\.async\.c[ag]\.shared\.global|atom\.|red\.)"  # what touches memory; no prefetch
 
 
-@pytest.mark.parametrize("name", ["attend_split", "join_splits", "int4", "int8", "16 bits", "experts"])
+@pytest.mark.parametrize("name", ["attend_split", "join_splits", "int4", "int8", "16 bits", "experts", "delta_head"])
 def test_a_kernel_that_starts_early_waits_before_it_touches_what_others_wrote(recorded, name):
-    if name in recorded:
+    if name == "delta_head":
+        delta_step(32, 2, 128, 1, BF16)
+    elif name in recorded:
         attend(8, 4, 1, 128, BF16)
     elif name == "experts":
         weight, scale = meta(8, 512, 256, dtype=torch.uint8), meta(8, 512, 16, dtype=FP16)
@@ -169,7 +192,7 @@ def test_a_kernel_that_starts_early_waits_before_it_touches_what_others_wrote(re
     assert "griddepcontrol" not in plain and "prefetch" not in plain
     assert early.count("griddepcontrol.wait") == 1 and early.count("griddepcontrol.launch_dependents") == 1
     before, after = early.split("griddepcontrol.wait")
-    code = before[before.index(".entry"):]
+    code = re.sub(r"//.*", "", before[before.index(".entry"):])
     assert not re.search(GLOBAL, code) and re.search(GLOBAL, after)
     assert not re.search(r"\b(bra|ret|exit)\b", code), "a program could end without having waited"
     assert ("prefetch.global.L2" in code) == (name in ("int4", "int8", "16 bits")) and "prefetch" not in after

@@ -54,7 +54,7 @@ def test_the_kernel_equals_the_reference_and_reads_no_empty_tail():
         from test_cuda_ops import CASES, folded, inputs
         from kv_cache import to_int8
         from ops import reference
-        from ops.cuda import decode_attention
+        from ops.cuda_attention import decode_attention
         for i, case in enumerate(CASES):
             q, k, v, positions = inputs(*case)
             sinks = torch.randn(case[2]) if case[6] else None
@@ -74,6 +74,23 @@ def test_the_kernel_equals_the_reference_and_reads_no_empty_tail():
         print("equal")
     """
     assert_equal_in_the_interpreter(code)
+
+
+def test_the_delta_kernel_equals_the_reference():
+    """Tokens one by one and several, at the start of a text and later, widths that are no power of two."""
+    pytest.importorskip("triton")
+    assert_equal_in_the_interpreter(f"""if True:
+        import random, sys
+        sys.path.insert(0, {str(ROOT / "tests")!r})
+        import torch
+        from delta_cases import check_delta_step
+        from ops.cuda_delta import delta_step
+        for i, (K, V, shared) in enumerate([(16, 16, 2), (32, 48, 1), (128, 128, 2), (24, 64, 3)] * 3):
+            rewind = random.randint(0, 3)
+            check_delta_step(delta_step, random.choice((torch.float32, torch.float16)), K, V, shared, rewind,
+                             random.randint(1, rewind + 1), i % 3 if i < 8 else 57)
+        print("equal")
+    """)
 
 
 def before_nan(t: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-RANKS = [["errors"], ["collectives", "config", "sampling", "device", "pace"], ["ops", "aot", "speculative"],
+RANKS = [["errors"], ["collectives", "config", "device", "pace"], ["ops", "aot"], ["sampling"], ["speculative"],
          ["families", "tokenizer", "rounding", "checkpoint"], ["loader", "layers", "packed"],
          ["linear_attention", "kv_cache"], ["model"], ["tp"], ["metrics", "calibration", "decoding"],
          ["chat", "quantize", "batch"], ["drafts", "prompts"], ["generate"], ["scripts"]]

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from conftest import ROOT
+from delta_cases import check_delta_step
 from metal import emulator
 from metal.machines import DTYPES, call, emulated
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch import Tensor
 import ops
 import ops.mps
 from kv_cache import to_int8
-from ops import reference
 
 pytest_plugins = ["metal.fixtures"]
 
@@ -82,37 +82,17 @@ def test_a_plan_fills_the_gpu_and_stays_in_threadgroup_memory():
 
 # -- Gated DeltaNet ---------------------------------------------------------------------------------------------------
 
-def delta_call(dtype: torch.dtype, S: int, K: int, V: int, shared: int, rewind: int, first: int) -> list[Tensor]:
-    """The tensors of `delta_step` for a call at `first` and, in another row, at some later position; slots of earlier
-    inputs that are not looked back on are not numbers."""
-    B, G, taps = 2, random.choice((1, 2)), 4
-    H, slots = G * shared, taps + rewind
-    C = 2 * G * K + H * V
-    positions = torch.tensor([[first], [first + random.randint(0, 9)]]) + torch.arange(S)
-    conv = torch.full((B, slots, C), float("nan")).to(dtype)
-    for b, p in enumerate(positions[:, 0].tolist()):
-        for back in range(1, min(taps - 1, p) + 1):
-            conv[b, (p - back) % slots] = torch.randn(C).to(dtype)
-    return [torch.randn(B, S, C + H * V).to(dtype), torch.randn(B, S, 2 * H).to(dtype), positions, conv,
-            torch.randn(B, rewind + 1, H, K, V), torch.randn(C, taps).to(dtype) * 0.5, torch.randn(H), torch.randn(H),
-            torch.randn(V)]
-
-
-def delta_is_right(machine: str, dtype: torch.dtype, K: int, V: int, shared: int, rewind: int, S: int,
-                   first: int) -> None:
+def delta_is_right(machine: str, *case) -> None:
     """The result is what float64 has, rounded once, but for float32's errors; what is remembered, too."""
-    tensors = delta_call(dtype, S, K, V, shared, rewind, first)
-    wide = [t.clone() if i == 2 else t.double() for i, t in enumerate(tensors)]
-    truth = reference.delta_step(*wide, 1e-6)
-    on_device = [t.to("mps") for t in tensors] if machine == "mps" else tensors
-    y = call("delta_step", machine, *on_device, 1e-6).cpu()
-    assert y.dtype == dtype and y.shape == truth.shape
-    gate = torch.nn.functional.silu(wide[0][..., -truth.shape[-1]:])
-    kind, size = torch.finfo(dtype), (gate.unflatten(-1, (-1, V)) * wide[8]).flatten(2).abs()
-    assert ((y.double() - truth).abs() <= truth.abs() * kind.eps / 2 + size * 1e-4 + kind.smallest_normal).all()
-    conv, state = (on_device[i].cpu().double() for i in (3, 4))
-    assert ((conv == wide[3]) | (conv.isnan() & wide[3].isnan())).all()
-    assert ((state - wide[4]).abs() <= 2e-5).all()
+    def step(*tensors) -> Tensor:
+        if machine != "mps":
+            return call("delta_step", machine, *tensors)
+        there = [t.to("mps") if isinstance(t, Tensor) else t for t in tensors]
+        y = call("delta_step", machine, *there)
+        for mine, its in zip(tensors[3:5], there[3:5], strict=True):
+            mine.copy_(its)
+        return y.cpu()
+    check_delta_step(step, *case)
 
 
 @pytest.mark.parametrize("K, V, shared", [(16, 16, 2), (32, 48, 1), (128, 128, 2), (24, 64, 3)])

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from errors import UserError
+from ops import fused
 from sampling import (
     RowOptions,
     Sampling,
@@ -100,6 +101,18 @@ def test_the_largest_logits_are_those_of_topk(rows, vocabulary, k, dtype):
         values, ids = largest(logits, k)
         assert torch.equal(values, logits.topk(k).values) and torch.equal(values, logits.gather(1, ids))
         assert all(len(set(row)) == k for row in ids.tolist())
+
+
+@pytest.mark.parametrize("vocabulary", [1, 255, 256, 257, 4000])
+def test_the_likeliest_piece_by_piece_is_the_likeliest_of_all(vocabulary, monkeypatch):
+    """As on a card, rows of any length: the first of equals, and whatever is not finite is told."""
+    logits = torch.randn(2, 3, vocabulary).bfloat16()
+    logits[0, 0] = torch.finfo(torch.bfloat16).min
+    logits[0, 1], logits[1, 2, vocabulary // 2] = float("-inf"), float("nan")
+    plain, pieces = fused.argmax(logits), fused.argmax_of_pieces(logits)
+    assert all(t.shape == (2, 3, 1) for t in (*plain, *pieces)) and torch.equal(plain[1], pieces[1])
+    assert torch.equal(logits.gather(-1, plain[0]).nan_to_num(9), logits.gather(-1, pieces[0]).nan_to_num(9))
+    assert pieces[0][0, 0] == 0 and pieces[1].flatten().tolist() == [True, False, True, True, True, False]
 
 
 def test_one_logit_that_is_not_a_number_is_seen_in_a_large_vocabulary():

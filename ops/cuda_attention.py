@@ -1,4 +1,4 @@
-"""Triton kernels for NVIDIA (and, untried, AMD) GPUs. Imported by `ops.bind` on such a machine only.
+"""Triton kernels for attention on NVIDIA (and, untried, AMD) GPUs. Imported by `ops.bind` on such a machine only.
 
 Not yet run on a GPU: the arithmetic is tested on a CPU through Triton's interpreter, and that they compile for the
 cards we mean, within their shared memory, by Triton's compiler (tests/test_cuda_ops.py).
