@@ -311,6 +311,8 @@ def configure_compiler(device: torch.device) -> None:
     torch._dynamo.config.capture_scalar_outputs = True  # ops.attended reads the position back on a CPU
     torch._dynamo.config.recompile_limit = 64  # each top_k is a graph of its own, and so is each model
     torch._inductor.config.fallback_random = True  # the same random numbers as eager: one seed, one text
+    if device.type != "cpu":
+        torch._inductor.config.assert_indirect_indexing = False  # no checks of tokens and positions, which are checked
     if device.type == "cuda":
         torch._inductor.config.coordinate_descent_tuning = True  # a matmul with one row becomes a fused reduction
         torch._inductor.config.triton.unique_kernel_names = True
@@ -319,7 +321,6 @@ def configure_compiler(device: torch.device) -> None:
     if device.type == "mps":  # a kernel costs some microseconds whatever it does: what two need is computed twice
         torch._inductor.config.force_pointwise_cat = True
         torch._inductor.config.realize_opcount_threshold = 100
-        torch._inductor.config.assert_indirect_indexing = False  # no checks of tokens and positions, which are checked
 
 
 def warm_up_calls(device: torch.device) -> int:

@@ -17,6 +17,7 @@ from config import AttentionConfig, DeltaNetConfig, ModelConfig
 from kv_cache import KVCache
 from layers import Embedding, ExpertLinear, Linear, RMSNorm, normalize, rope_frequencies, rotate
 from linear_attention import GatedDeltaNet
+from ops import fused
 
 # -- attention --------------------------------------------------------------------------------------------------------
 
@@ -61,20 +62,32 @@ class Attention(nn.Module):
         return Call(where, angles.cos() * self.config.rope.scale, angles.sin() * self.config.rope.scale)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:  # x [B, S, D]
-        qkv = self.wqkv(x).unflatten(-1, (-1, self.config.head_dim))  # [B, S, H + 2K, E]
+        qkv, c = self.wqkv(x).unflatten(-1, (-1, self.config.head_dim)), self.config  # [B, S, H + 2K, E]
+        if fused.places_heads(qkv, call.where, self.cache.k):
+            rope = (self.frequencies, c.rope.scale) if c.rope else (None, 1.0)
+            weights = (self.q_norm.weight, self.k_norm.weight) if c.qk_norm else (None, None)
+            q = torch.ops.readonce.place_heads(qkv, call.where.positions, *rope, *weights, self.norm_eps,
+                                               self.q_norm.offset if c.qk_norm else 0.0, c.v_norm, c.n_heads, c.gated,
+                                               self.cache.k, self.cache.v)
+            k, v, scales = self.cache.k, self.cache.v, []
+        else:
+            q, k, v, *scales = self.place(qkv, call)
+        y = ops.attention(q, k, v, call.where, c.scale, self.sinks, *scales)  # [B, S, H, E]
+        if c.gated:
+            y = y * qkv[:, :, 1:2 * c.n_heads:2].sigmoid()
+        return self.wo(y.flatten(-2))
+
+    def place(self, qkv: Tensor, call: Call) -> list[Tensor]:
+        """q [B, S, H, E] normalised and turned, and the keys and values to look at, the new ones put among them."""
         q, k, *rest = qkv.split(self.widths, dim=2)
         v = rest[0] if rest else k
         if self.config.gated:
-            q, gate = q.unflatten(2, (-1, 2)).unbind(3)  # [B, S, H, E] each
+            q = q[:, :, ::2]
         q, k = self.q_norm(q), self.k_norm(k)
-        v = normalize(v, self.norm_eps).to(x.dtype) if self.config.v_norm else v
+        v = normalize(v, self.norm_eps).to(v.dtype) if self.config.v_norm else v
         if call.cos is not None:
             q, k = rotate(q, call.cos, call.sin), rotate(k, call.cos, call.sin)
-        q, (k, v, *scales) = self.cache.queries(q), self.cache.update(call.where, k, v)
-        y = ops.attention(q, k, v, call.where, self.config.scale, self.sinks, *scales)  # [B, S, H, E]
-        if self.config.gated:
-            y = y * gate.sigmoid()
-        return self.wo(y.flatten(-2))
+        return [self.cache.queries(q), *self.cache.update(call.where, k, v)]
 
 
 # -- feed-forward -----------------------------------------------------------------------------------------------------

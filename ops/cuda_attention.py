@@ -124,4 +124,69 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: 
     return y
 
 
+@triton.jit
+def row_of_two(first, second, at, in_first, in_second):
+    """What stands there in one of two vectors, float32; elsewhere 0."""
+    there = tl.load(first + at, mask=in_first, other=0.0) + tl.load(second + at, mask=in_second, other=0.0)
+    return there.to(tl.float32)
+
+
+@triton.jit
+def place_head(qkv, positions, frequencies, scale, q_norm, k_norm, q, k, v, eps, offset, heads, kv_heads, size,
+               stride_b, stride_k, S: tl.constexpr, E: tl.constexpr, COLS: tl.constexpr, TURNED: tl.constexpr,
+               GATED: tl.constexpr, SHARED: tl.constexpr, V_NORM: tl.constexpr, PDL: tl.constexpr):
+    """One head of one token: a query, a key or a value, by its number. It is normalised if there are weights, its first
+    TURNED numbers are turned, each pair by an angle of its own for each position, and it goes to q [B, S, H, E] or to
+    its slot of the caches. GATED: there is a gate behind each query. SHARED: values are what keys were before."""
+    j, token, col = tl.program_id(0), tl.program_id(1), tl.arange(0, COLS)
+    b, head, inside = token // S, (j - heads) % kv_heads, col < E
+    number = j + tl.zeros((COLS,), tl.int32)
+    is_q, is_v = number < heads, number >= heads + kv_heads
+    is_k = (number >= heads) & (number < heads + kv_heads)
+    other = tl.where(col < TURNED // 2, col + TURNED // 2, tl.where(col < TURNED, col - TURNED // 2, col))
+    queries = heads * (1 + GATED)
+    of = tl.where(j < heads, j * (1 + GATED), queries + (head if SHARED else j - heads))
+    start = qkv + (token * (queries + kv_heads * (1 if SHARED else 2)) + of) * E
+    await_inputs(PDL)
+    x = tl.load(start + col, mask=inside, other=0.0).to(tl.float32)
+    pair = tl.load(start + other, mask=inside, other=0.0).to(tl.float32)
+    rate = tl.rsqrt(tl.sum(x * x, 0) / E + eps)
+    if q_norm is not None:
+        weight = offset + row_of_two(q_norm, k_norm, col, inside & is_q, inside & is_k)
+        x *= tl.where(is_v, 1.0, rate * weight)
+        pair *= rate * (offset + row_of_two(q_norm, k_norm, other, inside & is_q, inside & is_k))
+    if V_NORM:
+        x *= tl.where(is_v, rate, 1.0)
+    position = tl.load(positions + token)
+    if TURNED:
+        angle = position.to(tl.float32) * tl.load(frequencies + col % (TURNED // 2))
+        side = tl.where(col < TURNED // 2, -1.0, 1.0) * pair
+        x = tl.where((col < TURNED) & (is_q | is_k), (x * tl.cos(angle) + side * tl.sin(angle)) * scale, x)
+    slot = b * stride_b + head * stride_k + position % size * E + col
+    y = x.to(q.dtype.element_ty)
+    tl.store(q + (token * heads + j) * E + col, y, mask=inside & is_q)
+    tl.store(k + slot, y, mask=inside & is_k)
+    tl.store(v + slot, y, mask=inside & is_v)
+
+
+def place_heads(qkv: Tensor, positions: Tensor, frequencies: Tensor | None, scale: float, q_norm: Tensor | None,
+                k_norm: Tensor | None, eps: float, offset: float, v_norm: bool, heads: int, gated: bool, k: Tensor,
+                v: Tensor) -> Tensor:
+    """`Attention.place`: qkv [B, S, H + 2 K, E] at [B, S] -> q [B, S, H, E]; caches [B, K, L, E] are written.
+    frequencies [r / 2]: of the angles by which the first r numbers of a head are turned, and scaled."""
+    (B, S, total, E), (_, kv_heads, size, _) = qkv.shape, k.shape
+    queries = heads * (1 + gated)
+    assert k.stride() == v.stride() and k.stride(2) == E and k.stride(3) == 1, (k.stride(), v.stride())
+    assert total in (queries + kv_heads, queries + 2 * kv_heads), (total, heads, kv_heads)
+    q = qkv.new_empty(B, S, heads, E)
+    frequencies, q_norm, k_norm = (None if t is None else t.contiguous() for t in (frequencies, q_norm, k_norm))
+    place_head[(heads + 2 * kv_heads, B * S)](
+        qkv.contiguous(), positions.contiguous(), frequencies, scale, q_norm, k_norm, q, k, v, eps, offset, heads,
+        kv_heads, size, k.stride(0), k.stride(1), S=S, E=E, COLS=triton.next_power_of_2(E),
+        TURNED=0 if frequencies is None else 2 * len(frequencies), GATED=gated, SHARED=total == queries + kv_heads,
+        V_NORM=v_norm, num_warps=1, **launch_options(qkv))
+    return q
+
+
 LIBRARY.impl("decode_attention", decode_attention, "CUDA")
+LIBRARY.impl("place_heads", place_heads, "CUDA")

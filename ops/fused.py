@@ -1,14 +1,14 @@
 """Steps that some device takes in another way, and in fewer or better kernels than the compiler finds: a matrix and the
-activation behind it, all of a Gated DeltaNet layer between its matrices, the choice of the likeliest token. Elsewhere
-they are taken as the model has them, and the compiler fuses what it can.
+activation behind it, what is done to heads before attention, a Gated DeltaNet layer between its matrices, the choice of
+the likeliest token. Elsewhere they are taken as the model has them, and the compiler fuses what it can.
 
-Glossary: B batch, S tokens in this call, H heads, K and V widths of a head's keys and values, F feed-forward width.
+Glossary: B batch, S tokens in this call, H heads, E head_dim, K and V widths of keys and values, F feed-forward width.
 """
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops import LIBRARY, expert_linear, linear, loaded
+from ops import LIBRARY, Attended, expert_linear, linear, loaded
 
 # -- feed-forward -----------------------------------------------------------------------------------------------------
 
@@ -40,6 +40,28 @@ def gated_linear(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor
 @torch.library.register_fake("readonce::gated_linear")
 def _(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None, activation: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[-2] // 2)
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+LIBRARY.define("place_heads(Tensor qkv, Tensor positions, Tensor? frequencies, float scale, Tensor? q_norm, "
+               "Tensor? k_norm, float eps, float offset, bool v_norm, int heads, bool gated, Tensor(a!) k, "
+               "Tensor(b!) v) -> Tensor")
+
+
+def places_heads(qkv: Tensor, where: Attended, cache: Tensor) -> bool:
+    """Whether `torch.ops.readonce.place_heads` takes what came out of the matrix for q, k and v: all between that and
+    attention for a few tokens, whose keys and values are kept as they are. Returns q [B, S, H, E] as
+    `Attention.place` does."""
+    there = qkv.device.type == "cuda" and loaded("place_heads", "cuda")
+    return there and where.span is None and cache.dtype == qkv.dtype
+
+
+@torch.library.register_fake("readonce::place_heads")
+def _(qkv: Tensor, positions: Tensor, frequencies: Tensor | None, scale: float, q_norm: Tensor | None,
+      k_norm: Tensor | None, eps: float, offset: float, v_norm: bool, heads: int, gated: bool, k: Tensor,
+      v: Tensor) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:2], heads, qkv.shape[3])
 
 
 # -- Gated DeltaNet ---------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def recorded(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_linear, "understands", lambda device, dtype: dtype != FP32)
     found = {}
     for room, name in ((cuda_attention, "attend_split"), (cuda_attention, "join_splits"),
-                       (cuda_linear, "few_rows"), (cuda_delta, "delta_head")):
+                       (cuda_attention, "place_head"), (cuda_linear, "few_rows"), (cuda_delta, "delta_head")):
         found[name] = Recorder(getattr(room, name))
         monkeypatch.setattr(room, name, found[name])
     return found
@@ -80,6 +80,14 @@ def multiply(outputs: int, inputs: int, group: int | None, rows: int, dtype: tor
     if group is None:
         weight, scale = meta(outputs, inputs, dtype=dtype), None
     cuda_linear.linear(meta(rows, inputs, dtype=dtype), weight, scale, None, activation)
+
+
+def place(E: int, turned: int, dtype: torch.dtype) -> None:
+    """32 queries and 8 keys that are normalised and turned."""
+    cache = meta(1, 8, 4096, E, dtype=dtype)
+    cuda_attention.place_heads(
+        meta(1, 1, 48, E, dtype=dtype), meta(1, 1, dtype=torch.int64), meta(turned // 2, dtype=FP32), 1.0,
+        meta(E, dtype=dtype), meta(E, dtype=dtype), 1e-6, 0.0, False, 32, False, cache, cache)
 
 
 def delta_step(heads: int, sharing: int, width: int, S: int, dtype: torch.dtype) -> None:
@@ -163,6 +171,13 @@ def test_a_weight_costs_few_enough_instructions_for_the_memory_to_be_the_limit(r
     assert 1 < count < most, count
 
 
+@pytest.mark.parametrize(("E", "turned", "dtype", "cards"), [(128, 128, BF16, (90, 80)), (96, 32, FP16, (75,))])
+def test_placing_heads_compiles(recorded, tmp_path, E, turned, dtype, cards):
+    place(E, turned, dtype)
+    for card in cards:
+        assert spilled(recorded["place_head"].compile(card), tmp_path) <= 64  # where the sine of large angles is made
+
+
 @pytest.mark.parametrize("S", [1, 5])
 def test_a_step_of_the_delta_rule_compiles_within_the_registers_of_a_card(recorded, tmp_path, S):
     """Qwen3.5-4B: 32 heads that share 16 keys, 128 wide."""
@@ -176,10 +191,13 @@ def test_a_step_of_the_delta_rule_compiles_within_the_registers_of_a_card(record
 GLOBAL = r"(ld\.global|st\.global|cp\.async\.c[ag]\.shared\.global|atom\.|red\.)"  # what touches memory; no prefetch
 
 
-@pytest.mark.parametrize("name", ["attend_split", "join_splits", "int4", "int8", "16 bits", "experts", "delta_head"])
+@pytest.mark.parametrize("name", ["attend_split", "join_splits", "int4", "int8", "16 bits", "experts", "delta_head",
+                                  "place_head"])
 def test_a_kernel_that_starts_early_waits_before_it_touches_what_others_wrote(recorded, name):
     if name == "delta_head":
         delta_step(32, 2, 128, 1, BF16)
+    elif name == "place_head":
+        place(128, 128, BF16)
     elif name in recorded:
         attend(8, 4, 1, 128, BF16)
     elif name == "experts":

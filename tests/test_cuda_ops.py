@@ -1,6 +1,8 @@
 """The Triton kernels compute what ops/reference.py computes. Without a GPU they run in Triton's interpreter on the CPU:
 that checks indexing, masks and arithmetic, not speed or races."""
+import functools
 import os
+import random
 import subprocess
 import sys
 
@@ -9,6 +11,9 @@ import torch
 from conftest import ROOT
 
 import ops
+from config import AttentionConfig, Rope
+from layers import RMSNorm
+from model import Attention
 from ops import fused, reference
 
 # B, S, H, K, E, cache slots, window (0: none), positions up to
@@ -74,6 +79,48 @@ def test_the_kernel_equals_the_reference_and_reads_no_empty_tail():
         print("equal")
     """
     assert_equal_in_the_interpreter(code)
+
+
+PLACES = [dict(), dict(qk_norm=True, gated=True), dict(qk_norm=True, window=12), dict(v_norm=True, qk_norm=True),
+          dict(keys_are_values=True, qk_norm=True, v_norm=True), dict(rope=None)]
+
+
+def check_place_heads(place_heads, device: str = "cpu") -> None:
+    """Against the model's own steps, for one token and several, in rows at different positions."""
+    for number, more in enumerate(PLACES * 2):
+        E, S, turned = random.choice((16, 24, 64)), random.randint(1, 4), random.choice((8, 16))
+        rope = Rope(turned, scale=1.5 if number % 2 else 1.0)
+        config = AttentionConfig(**{"n_heads": 6, "n_kv_heads": 2, "head_dim": E, "rope": rope, **more})
+        norm = functools.partial(RMSNorm, eps=1e-5, offset=float(number % 2))
+        attention = Attention(32, config, norm, 1e-5).requires_grad_(False)
+        for norm in (attention.q_norm, attention.k_norm):
+            [p.normal_() for p in norm.parameters()]
+        attention.setup_cache(2, 40, S - 1, torch.float32, torch.float32, torch.device("cpu"))
+        attention.cache.k.normal_(), attention.cache.v.normal_()
+        positions = torch.randint(0, 40 - S, (2, 1)) + torch.arange(S)
+        call, qkv = attention.prepare(positions), torch.randn(2, S, sum(attention.widths), E)
+        caches = [t.clone().to(device) for t in (attention.cache.k, attention.cache.v)]
+        truth, *_ = attention.place(qkv, call)
+        weights = [norm.weight if config.qk_norm else None for norm in (attention.q_norm, attention.k_norm)]
+        frequencies, scale = (attention.frequencies, config.rope.scale) if config.rope else (None, 1.0)
+        qkv, positions, frequencies, *weights = (None if t is None else t.to(device) for t in (
+            qkv, positions, frequencies, *weights))
+        q = place_heads(qkv, positions, frequencies, scale, *weights, 1e-5, float(number % 2), config.v_norm, 6,
+                        config.gated, *caches)
+        for got, want in zip((q, *caches), (truth, attention.cache.k, attention.cache.v), strict=True):
+            torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5, msg=f"{more}")
+
+
+def test_heads_are_placed_as_the_model_places_them():
+    pytest.importorskip("triton")
+    assert_equal_in_the_interpreter(f"""if True:
+        import sys
+        sys.path.insert(0, {str(ROOT / "tests")!r})
+        from test_cuda_ops import check_place_heads
+        from ops.cuda_attention import place_heads
+        check_place_heads(place_heads)
+        print("equal")
+    """)
 
 
 def test_the_delta_kernel_equals_the_reference():

@@ -75,6 +75,7 @@ def pretended() -> Iterator[None]:
     load_guard()
     with (mock.patch.object(MpsInterface, "is_available", staticmethod(lambda: True)),
           mock.patch.object(torch.backends.mps, "get_core_count", lambda: CORES),
+          mock.patch.object(torch.backends.mps, "is_macos_or_newer", lambda *_: True),
           mock.patch.object(torch.mps, "compile_shader", mock.MagicMock())):
         yield
 

@@ -1,0 +1,89 @@
+"""Decoding on an NVIDIA card, as far as a machine without one can tell: a step is compiled for it at real widths with
+fake tensors. One graph, caches in place, no copy to or from the host, and few kernels, as each border between two costs
+a card a microsecond or two. Nothing here says how fast it is."""
+import dataclasses
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+import fake_cuda
+from test_metal_steps import weightless
+
+import device as machine
+import ops
+from config import Quantization
+from decoding import decode
+from families import config_of_shape
+from sampling import Sampling
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="the stand-in needs g++")
+
+LAUNCH = re.compile(r"^ +(?:\w+ = )?(?:(triton_\w+)\.run|torch\.ops\.(readonce\.\w+)\.default|(extern_kernels\.\w+)"
+                    r"|torch\.ops\.(aten\.\w+)\.\w+)\((.*)\)$", re.MULTILINE)
+KERNELS = {"readonce.decode_attention": 2}  # of an operator; of all others one
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    """The compiler's settings for a card, for no other test."""
+    inductor = torch._inductor.config
+    before = inductor.get_config_copy()
+    ops.bind("cuda")
+    machine.configure_compiler(fake_cuda.DEVICE)
+    yield
+    for name, value in inductor.get_config_copy().items():
+        if value != before[name]:
+            setattr(inductor, name, before[name])
+
+
+def compile_step(shape: str, kinds: tuple[str, ...], mode: str | None, sampling: Sampling = Sampling(0.0),
+                 kv_dtype: torch.dtype | None = None) -> str:
+    """A step of one token for a bfloat16 model of such layers, as generate.py compiles it."""
+    config = dataclasses.replace(config_of_shape(shape), layer_types=kinds,
+                                 quantization=Quantization(mode) if mode else None)
+
+    def build() -> tuple[nn.Module, list[Tensor], dict]:
+        inputs = [torch.zeros(1, 1, dtype=torch.int64, device=fake_cuda.DEVICE) for _ in range(2)]
+        model = weightless(config, fake_cuda.DEVICE, torch.bfloat16, 1024)
+        return model, inputs, sampling.arguments(config.vocab_size, fake_cuda.DEVICE)
+    return fake_cuda.compiled_for_cuda(build, decode)
+
+
+def launches(source: str) -> list[tuple[str, str]]:
+    """What a program starts, in order, and with what; the compiler's kernels are `triton`."""
+    return [("triton" if m[1] else m[2] or m[3] or m[4], m[5]) for m in LAUNCH.finditer(source)]
+
+
+CASES = {  # kinds of layers, weights, and the kernels of a layer of each kind
+    "Llama-3.1-8B": (("full",) * 3, None, {"full": 9}),
+    "Llama-3.2-1B": (("full",) * 3, "int8", {"full": 9}),
+    "Qwen3.5-4B": (("linear", "linear", "full", "linear"), "int4", {"linear": 8, "full": 10}),
+    "Gemma-3-4B": (("sliding", "full", "sliding"), "int4", {"sliding": 9, "full": 9})}
+REST = 5  # last norm, head, the likeliest in two, its position
+
+
+@pytest.mark.parametrize("shape", CASES)
+def test_a_step_is_one_graph_of_few_kernels_that_writes_its_caches_in_place(shape):
+    kinds, mode, each = CASES[shape]
+    source = compile_step(shape, kinds, mode)  # a break in the graph is an error
+    assert not re.search(r"device='cpu'|cpp_fused|\.copy_\(|\.item\(|device_assert", source)
+    found = launches(source)
+    names = [name for name, _ in found]
+    matrix = "readonce.quantized_linear" if mode else "readonce.linear16"
+    assert set(names) <= {"triton", "readonce.linear16", matrix, "readonce.gated_linear", "readonce.place_heads",
+                          "readonce.decode_attention", "readonce.delta_step"}
+    assert names.count("readonce.gated_linear") == len(kinds)
+    assert names.count("readonce.delta_step") == kinds.count("linear")
+    attends = len(kinds) - kinds.count("linear")
+    assert names.count("readonce.place_heads") == names.count("readonce.decode_attention") == attends
+    for name, given in found:  # what they write is the model's own
+        if name in ("readonce.place_heads", "readonce.delta_step"):
+            assert len(re.findall(r"\barg\d+_\d+\b", given)) >= 3, given
+    kernels = sum(KERNELS.get(name, 1) for name in names)
+    print(shape, kernels, names)
+    assert kernels == sum(each[kind] for kind in kinds) + REST
