@@ -295,7 +295,8 @@ def attended(positions: Tensor, size: int, window: int | None = None) -> Attende
         return Attended(positions, window=window)
     span = positions.max().clamp_max(size - 1).item() + 1
     if torch.compiler.is_compiling():  # what the graph may assume of a size it does not know
-        torch._check(span >= 1)
+        several = torch.fx.experimental.symbolic_shapes.statically_known_true(positions.shape[1] > 1)
+        torch._check(span >= (2 if several else 1))
         torch._check(span <= size)
     if positions.numel() == 1 and window in (None, size):
         return Attended(positions, span)
