@@ -42,13 +42,13 @@ constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 // -- a block ----------------------------------------------------------------------------------------------------------
 
-template <typename T, typename C> struct Call {  // what all tasks share; strides are in numbers
-  const T* q;
+template <typename C> struct Call {  // what all tasks share; strides are in numbers
+  const void* q;  // of T
   const C *k, *v;
   const float *k_scale, *v_scale;
   const int64_t* positions;
   const float* sinks;
-  T* y;
+  void* y;
   float scale;  // of a score, in powers of two
   int64_t heads, rows, tokens, slots, E, window;
   int64_t k_batch, k_head, v_batch, v_head;
@@ -98,8 +98,8 @@ template <typename C> INLINE Floats add_products(Floats sum, const Query<C>& a, 
 }
 
 // Rows q [ROWS][pieces] by n keys -> scores [ROWS][BLOCK]. `ahead`: what will be needed next, row for row.
-template <typename T, typename C, int ROWS, bool WHOLE>
-INLINE void score(const Call<T, C>& c, const Queries<C>& q, const C* k, int64_t n, const C* ahead, float* scores) {
+template <typename C, int ROWS, bool WHOLE>
+INLINE void score(const Call<C>& c, const Queries<C>& q, const C* k, int64_t n, const C* ahead, float* scores) {
   constexpr int KEYS = LANES / ROWS;
   const int64_t pieces = c.pieces(), E = c.E;
   for (int64_t j = 0; j < n; j += KEYS) {
@@ -156,8 +156,8 @@ INLINE void soften(Row* rows, int64_t at, int64_t n, const Scales* scales, const
 }
 
 // Adds PIECES pieces of n values times their probabilities p [ROWS][BLOCK] to `sums` [ROWS][columns].
-template <typename T, typename C, int ROWS, bool WHOLE, int PIECES>
-INLINE void add_values(const Call<T, C>& c, const Probability<C>* p, const float* keep, const C* v, int64_t n,
+template <typename C, int ROWS, bool WHOLE, int PIECES>
+INLINE void add_values(const Call<C>& c, const Probability<C>* p, const float* keep, const C* v, int64_t n,
                        const C* ahead, int64_t first, float* sums) {
   constexpr int STEP = PAIRED<C> ? 2 : 1, REGISTERS = WIDE<C>;
   const int64_t columns = c.pieces() * PIECE<C>, E = c.E;
@@ -192,14 +192,14 @@ INLINE void add_values(const Call<T, C>& c, const Probability<C>* p, const float
 }
 
 // ROWS query rows over the n positions from `at` on, whose keys and values lie one behind the other.
-template <typename T, typename C, int ROWS, bool WHOLE>
-__attribute__((noinline)) void attend_block(const Call<T, C>& c, const Queries<C>& q, const C* k, const C* v,
+template <typename C, int ROWS, bool WHOLE>
+__attribute__((noinline)) void attend_block(const Call<C>& c, const Queries<C>& q, const C* k, const C* v,
                                             const Scales* scales, int64_t at, int64_t n, bool first, Row* rows,
                                             float* sums) {
   alignas(LINE) float scores[ROWS * BLOCK];
   alignas(LINE) Probability<C> p[ROWS * BLOCK];
   float keep[ROWS];
-  score<T, C, ROWS, WHOLE>(c, q, k, n, first ? v : nullptr, scores);  // the values will be needed next, then more keys
+  score<C, ROWS, WHOLE>(c, q, k, n, first ? v : nullptr, scores);  // the values will be needed next, then more keys
   soften<C, ROWS>(rows, at, n, scales, q.start, scores, p, keep);
   const C* ahead = first ? k + n * c.E : nullptr;
   int64_t piece = 0;
@@ -212,9 +212,9 @@ __attribute__((noinline)) void attend_block(const Call<T, C>& c, const Queries<C
   } else {
     constexpr int64_t PIECES = std::max(1, SUMS_AT_ONCE / WIDE<C>);
     for (; piece + PIECES <= c.pieces(); piece += PIECES, ahead = nullptr)
-      add_values<T, C, ROWS, WHOLE, PIECES>(c, p, keep, v, n, ahead, piece, sums);
+      add_values<C, ROWS, WHOLE, PIECES>(c, p, keep, v, n, ahead, piece, sums);
     for (; piece < c.pieces(); piece++, ahead = nullptr)
-      add_values<T, C, ROWS, WHOLE, 1>(c, p, keep, v, n, ahead, piece, sums);
+      add_values<C, ROWS, WHOLE, 1>(c, p, keep, v, n, ahead, piece, sums);
   }
 }
 
@@ -226,7 +226,7 @@ struct Span {  // of the positions that a row of the batch looks at
   int64_t chunks() const { return newest / CHUNK - first / CHUNK + 1; }
 };
 
-template <typename T, typename C> Span span_of(const Call<T, C>& c, int64_t b, int64_t task) {
+template <typename C> Span span_of(const Call<C>& c, int64_t b, int64_t task) {
   const int64_t *p = c.positions + b * c.tokens, newest = *std::max_element(p, p + c.tokens);
   TORCH_CHECK(newest >= 0, "position ", newest);
   int64_t oldest = std::max<int64_t>(newest - c.slots + 1, 0);
@@ -236,20 +236,20 @@ template <typename T, typename C> Span span_of(const Call<T, C>& c, int64_t b, i
 }
 
 // What a task leaves: rows, padded to whole groups of ROWS_AT_ONCE, and their sums.
-template <typename T, typename C> struct Part {
+template <typename C> struct Part {
   Row* rows;
   float* sums;
 
-  static int64_t bytes(const Call<T, C>& c) {
+  static int64_t bytes(const Call<C>& c) {
     return round_up(c.rows, ROWS_AT_ONCE) * (int64_t)(sizeof(Row) + c.pieces() * PIECE<C> * sizeof(float));
   }
-  Part(const Call<T, C>& c, uint8_t* memory, int64_t task) : rows((Row*)(memory + task * bytes(c))),
+  Part(const Call<C>& c, uint8_t* memory, int64_t task) : rows((Row*)(memory + task * bytes(c))),
     sums((float*)(rows + round_up(c.rows, ROWS_AT_ONCE))) {}
 };
 
-template <typename T, typename C, bool WHOLE>
-void attend_chunk(const Call<T, C>& c, const Span& span, int64_t b, int64_t head, int64_t chunk,
-                  const Queries<C>& q, const Part<T, C>& part) {
+template <typename C, bool WHOLE>
+void attend_chunk(const Call<C>& c, const Span& span, int64_t b, int64_t head, int64_t chunk,
+                  const Queries<C>& q, const Part<C>& part) {
   const int64_t padded = round_up(c.rows, ROWS_AT_ONCE), columns = c.pieces() * PIECE<C>;
   for (int64_t r = 0; r < padded; r++) {
     int64_t position = r < c.rows ? c.positions[b * c.tokens + r % c.tokens] : -1;
@@ -266,9 +266,9 @@ void attend_chunk(const Call<T, C>& c, const Span& span, int64_t b, int64_t head
     const int64_t number = (b * c.heads + head) * c.slots + slot;
     if constexpr (ROUNDED<C>) scales.emplace(c.k_scale + number, c.v_scale + number, n);
     for (int64_t r = 0, some; r < c.rows; r += some) {
-      some = c.rows - r > 2 ? 4 : c.rows - r;
-      auto attend = some == 4 ? attend_block<T, C, 4, WHOLE> : some == 2 ? attend_block<T, C, 2, WHOLE>
-                                                                      : attend_block<T, C, 1, WHOLE>;
+      some = c.rows - r > 2 || !WHOLE ? 4 : c.rows - r;
+      auto attend = attend_block<C, 4, WHOLE>;
+      if constexpr (WHOLE) attend = some == 4 ? attend : some == 2 ? attend_block<C, 2, true> : attend_block<C, 1, true>;
       attend(c, q.at(r, c.pieces()), k, v, scales ? &*scales : nullptr, at, n, r == 0, part.rows + r,
              part.sums + r * columns);
     }
@@ -276,9 +276,9 @@ void attend_chunk(const Call<T, C>& c, const Span& span, int64_t b, int64_t head
 }
 
 template <typename T, typename C>
-void prepare_queries(const Call<T, C>& c, int64_t b, int64_t head, const Queries<C>& q) {
+void prepare_queries(const Call<C>& c, int64_t b, int64_t head, const Queries<C>& q) {
   for (int64_t r = 0; r < round_up(c.rows, ROWS_AT_ONCE); r++) {
-    const T* row = r < c.rows ? c.q + ((b * c.heads + head) * c.rows + r) * c.E : nullptr;
+    const T* row = r < c.rows ? (const T*)c.q + ((b * c.heads + head) * c.rows + r) * c.E : nullptr;
     Query<C>* to = q.piece + r * c.pieces();
     if constexpr (ROUNDED<C>) round_query(row, c.E, c.pieces(), to, q.start[r]);
     else for (int64_t i = 0; i < c.pieces(); i++)
@@ -288,28 +288,28 @@ void prepare_queries(const Call<T, C>& c, int64_t b, int64_t head, const Queries
 
 // Adds up what the tasks of a head have left.
 template <typename T, typename C>
-void finish(const Call<T, C>& c, const Span& span, int64_t b, int64_t head, uint8_t* memory) {
+void finish(const Call<C>& c, const Span& span, int64_t b, int64_t head, uint8_t* memory) {
   const int64_t first = span.task + head * span.chunks(), last = first + span.chunks();
   for (int64_t r = 0; r < c.rows; r++) {
     const int64_t index = (b * c.heads + head) * c.rows + r;
     const float sink = c.sinks ? c.sinks[head * c.rows + r] * (float)M_LOG2E : NEVER;
     float largest = sink;
-    for (int64_t t = first; t < last; t++) largest = std::max(Part<T, C>(c, memory, t).rows[r].largest, largest);
+    for (int64_t t = first; t < last; t++) largest = std::max(Part<C>(c, memory, t).rows[r].largest, largest);
     float total = c.sinks ? power_of_two(sink - largest) : 0;
     for (int64_t t = first; t < last; t++) {
-      Row& row = Part<T, C>(c, memory, t).rows[r];
+      Row& row = Part<C>(c, memory, t).rows[r];
       row.weight = power_of_two(row.largest - largest);
       total += reduced(row.total, plus)[0] * row.weight;
     }
     for (int64_t piece = 0; piece < c.pieces(); piece++) {
       Wide<C> sum = {};
       for (int64_t t = first; t < last; t++) {
-        Part<T, C> part(c, memory, t);
+        Part<C> part(c, memory, t);
         const float* sums = part.sums + (r * c.pieces() + piece) * PIECE<C>;
         for (int i = 0; i < WIDE<C>; i++) sum.at[i] += load<Floats>(sums + i * LANES) * part.rows[r].weight;
       }
       for (int i = 0; i < WIDE<C>; i++) sum.at[i] /= Floats{} + total;
-      T* y = c.y + index * c.E + piece * PIECE<C>;
+      T* y = (T*)c.y + index * c.E + piece * PIECE<C>;
       const int64_t left = std::min<int64_t>(PIECE<C>, c.E - piece * PIECE<C>);
       if constexpr (ROUNDED<C>) for (int i = 0; i < left; i++) y[i] = sum.at[i % 4][i / 4];
       else store_piece<T>(y, sum, left);
@@ -317,7 +317,7 @@ void finish(const Call<T, C>& c, const Span& span, int64_t b, int64_t head, uint
   }
 }
 
-template <typename T, typename C, bool WHOLE> void attend(const Call<T, C>& c, int64_t batch) {
+template <typename T, typename C, bool WHOLE> void attend(const Call<C>& c, int64_t batch) {
   std::vector<Span> spans;
   int64_t tasks = 0, read = 0;
   for (int64_t b = 0; b < batch; b++) {
@@ -325,7 +325,7 @@ template <typename T, typename C, bool WHOLE> void attend(const Call<T, C>& c, i
     tasks += spans[b].chunks() * c.heads;
     read += (spans[b].newest + 1 - spans[b].first) * c.heads;
   }
-  Tensor memory = at::empty({tasks * Part<T, C>::bytes(c)}, at::kByte);
+  Tensor memory = at::empty({tasks * Part<C>::bytes(c)}, at::kByte);
   auto parts = (uint8_t*)memory.data_ptr();
   std::vector<std::atomic<int64_t>> done(batch * c.heads);
   const int64_t products = 2 * read * c.rows * c.E;
@@ -337,9 +337,9 @@ template <typename T, typename C, bool WHOLE> void attend(const Call<T, C>& c, i
     for (int64_t t = begin, b = 0, prepared = -1; t < end; t++) {
       while (b + 1 < batch && t >= spans[b + 1].task) b++;
       const int64_t chunks = spans[b].chunks(), head = (t - spans[b].task) / chunks, index = b * c.heads + head;
-      if (index != prepared) prepare_queries(c, b, head, q), prepared = index;
-      attend_chunk<T, C, WHOLE>(c, spans[b], b, head, (t - spans[b].task) % chunks, q, Part<T, C>(c, parts, t));
-      if (++done[index] == chunks) finish(c, spans[b], b, head, parts);
+      if (index != prepared) prepare_queries<T>(c, b, head, q), prepared = index;
+      attend_chunk<C, WHOLE>(c, spans[b], b, head, (t - spans[b].task) % chunks, q, Part<C>(c, parts, t));
+      if (++done[index] == chunks) finish<T>(c, spans[b], b, head, parts);
     }
   });
 }
@@ -351,8 +351,8 @@ const float* floats_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<
 
 template <typename T, typename C> void run(const Tensors& t, double scale, int64_t window) {
   const Tensor &q = t.q, &k = t.k, &v = t.v;
-  Call<T, C> c{(const T*)q.data_ptr(), (const C*)k.data_ptr(), (const C*)v.data_ptr(), floats_of(t.k_scale),
-               floats_of(t.v_scale), t.positions.const_data_ptr<int64_t>(), floats_of(t.sinks), (T*)t.y.data_ptr(),
+  Call<C> c{q.data_ptr(), (const C*)k.data_ptr(), (const C*)v.data_ptr(), floats_of(t.k_scale),
+               floats_of(t.v_scale), t.positions.const_data_ptr<int64_t>(), floats_of(t.sinks), t.y.data_ptr(),
                (float)(scale * M_LOG2E), q.size(1), q.size(2), t.positions.size(1), k.size(2), q.size(3),
                window ? window : k.size(2), k.stride(0), k.stride(1), v.stride(0), v.stride(1)};
   TORCH_CHECK(c.E * sizeof(T) % 4 == 0, "head_dim ", c.E, " is odd");

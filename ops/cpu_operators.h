@@ -1,4 +1,4 @@
-// The operators of ops/__init__.py that have kernels in ops/cpu*.cpp; cpu_library.cpp hands them to PyTorch.
+// The operators of ops/__init__.py that have kernels in ops/cpu*.cpp; cpu_ranks.cpp hands them to PyTorch.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -7,6 +7,7 @@
 // Ranks are added up in their order, so that each has the same bits.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <torch/library.h>
 
 #include "cpu_operators.h"
 
@@ -71,4 +72,15 @@ Tensor LIBRARY::exchange(const Tensor& shared, const Tensor& x, int64_t rank, in
     for (int64_t i = 0; i < n; ++i) out[i] += part[i];
   }
   return total;
+}
+
+// All kernels are handed to PyTorch here: the header for that takes a compiler as long as a kernel does, and the others
+// are long enough.
+TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) {
+  m.impl("pack", &LIBRARY::pack);
+  m.impl("unpack_rows", &LIBRARY::unpack_rows);
+  m.impl("packed_linear", &LIBRARY::packed_linear);
+  m.impl("linear16", &LIBRARY::linear16);
+  m.impl("decode_attention", &LIBRARY::decode_attention);
+  m.impl("exchange", &LIBRARY::exchange);
 }

@@ -32,8 +32,9 @@ GUARD = """
 namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, NoOpDeviceGuardImpl<DeviceType::CUDA>); }
 """
 CARD = types.SimpleNamespace(
-    name="NVIDIA H200", gcnArchName="", major=9, minor=0, multi_processor_count=132, regs_per_multiprocessor=65536, warp_size=32,
-    max_threads_per_multi_processor=2048, max_threads_per_block=1024, total_memory=140 << 30, L2_cache_size=50 << 20,
+    name="NVIDIA H200", gcnArchName="", major=9, minor=0, multi_processor_count=132, warp_size=32,
+    regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024,
+    total_memory=140 << 30, L2_cache_size=50 << 20,
     shared_memory_per_block=48 << 10, shared_memory_per_block_optin=227 << 10,
     shared_memory_per_multiprocessor=228 << 10)
 
