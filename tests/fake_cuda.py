@@ -1,6 +1,6 @@
 """What torch.compile makes of a function on an NVIDIA card, on a machine that has none: nothing is run.
 
-    source = compiled_for_cuda(build, function)    # build() -> (model, inputs, options), on DEVICE, of fake tensors
+    step = compiled_for_cuda(build, function)      # build() -> (model, inputs, options), on DEVICE, of fake tensors
 
 Tensors are fake: shapes without memory, so widths are those of real models. What the compiler asks of the card is
 answered for it: it is said to be an H200.
@@ -13,12 +13,14 @@ import tempfile
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 import torch._inductor.config
 from torch import Tensor, nn
 from torch._dynamo.device_interface import CudaInterface
+from torch._inductor import compile_fx
 from torch._inductor.fx_passes import joint_graph
 from torch._inductor.graph import GraphLowering
 from torch._subclasses import fake_tensor
@@ -89,22 +91,38 @@ def pretended() -> Iterator[None]:
         has_triton.cache_clear()
 
 
-def compiled_for_cuda(build: Callable[[], tuple[nn.Module, list[Tensor], dict]], function: Callable) -> str:
-    """The program that function(model, *inputs, options) becomes as `aot.compiled` compiles it for a card; a break in
-    the graph is an error."""
-    sources = []
+class Compiled(NamedTuple):
+    source: str  # the program, Python, with Triton in it
+    graphed: bool  # whether the compiler means to make a CUDA graph of it
+    moving: int  # inputs that come at another address in each call, and are copied for the graph
+    written: set[int]  # those of them that are written, which would keep it from being one
+
+
+def compiled_for_cuda(build: Callable[[], tuple[nn.Module, list[Tensor], dict]], function: Callable) -> Compiled:
+    """function(model, *inputs, options) as `aot.compiled` compiles it for a card; a break in the graph is an error."""
+    found, known = [], {}
+
+    def note(graph: torch.fx.GraphModule, inputs: list, **how: object) -> object:
+        known.update(how, inputs=len(inputs))
+        return lower(graph, inputs, **how)
 
     def stop(graph: GraphLowering) -> None:
         code = graph.codegen()[0]
-        sources.append(getattr(code, "value", code))
+        moving = set(range(known["inputs"])) - set(known["static_input_idxs"])
+        names = list(graph.graph_inputs)
+        graphed = bool(known["cudagraphs"]) and graph.disable_cudagraphs_reason is None
+        found.append(Compiled(getattr(code, "value", code), graphed, len(moving),
+                              moving & {names.index(name) for name in graph.mutated_inputs}))
         raise Enough
 
     torch._dynamo.reset()
+    lower = compile_fx._compile_fx_inner
     with (pretended(), torch.no_grad(), mock.patch.object(GraphLowering, "compile_to_module", stop),
+          mock.patch.object(compile_fx, "_compile_fx_inner", note),
           torch._inductor.config.patch(force_disable_caches=True, joint_graph_constant_folding=False),  # it would run
           fake_tensor.FakeTensorMode(), contextlib.suppress(Enough)):
         model, inputs, options = build()
         compiled(function, DEVICE)(model, *inputs, options)
     torch._dynamo.reset()
-    source, = sources
-    return source
+    step, = found
+    return step

@@ -2,9 +2,11 @@
 fake tensors. One graph, caches in place, no copy to or from the host, and few kernels, as each border between two costs
 a card a microsecond or two. Nothing here says how fast it is."""
 import dataclasses
+import functools
 import re
 import shutil
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -16,10 +18,10 @@ from test_metal_steps import weightless
 
 import device as machine
 import ops
-from config import Quantization
-from decoding import decode
+from config import ModelConfig, Quantization
+from decoding import decode, verify
 from families import config_of_shape
-from sampling import Sampling
+from sampling import RowOptions, Sampling, Varied
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="the stand-in needs g++")
 
@@ -41,17 +43,36 @@ def settings():
             setattr(inductor, name, before[name])
 
 
-def compile_step(shape: str, kinds: tuple[str, ...], mode: str | None, sampling: Sampling = Sampling(0.0),
-                 kv_dtype: torch.dtype | None = None) -> str:
-    """A step of one token for a bfloat16 model of such layers, as generate.py compiles it."""
+def options_of(sampling: Sampling | Varied, config: ModelConfig, rows: int) -> dict:
+    """What a step is told; fake tensors have no values to be made of."""
+    real = torch.tensor
+
+    def of_that_shape(value: object, dtype: torch.dtype | None = None, device: object = None) -> Tensor:
+        t = real(value, dtype=dtype, device="cpu")
+        return torch.zeros(t.shape, dtype=t.dtype, device=device or "cpu")
+    with mock.patch.object(torch, "tensor", of_that_shape):
+        if isinstance(sampling, Varied):
+            return RowOptions(sampling, rows, config.vocab_size, fake_cuda.DEVICE).full
+        return sampling.arguments(config.vocab_size, fake_cuda.DEVICE) | sampling.more_arguments(
+            [5] * rows, fake_cuda.DEVICE)
+
+
+def compile_step(shape: str, kinds: tuple[str, ...], mode: str | None, sampling: Sampling | Varied = Sampling(0.0),
+                 rows: int = 1, drafted: int = 0) -> fake_cuda.Compiled:
+    """A step of one token in each row for a bfloat16 model of such layers, as generate.py compiles it; or one that
+    checks so many drafted tokens."""
     config = dataclasses.replace(config_of_shape(shape), layer_types=kinds,
                                  quantization=Quantization(mode) if mode else None)
 
     def build() -> tuple[nn.Module, list[Tensor], dict]:
-        inputs = [torch.zeros(1, 1, dtype=torch.int64, device=fake_cuda.DEVICE) for _ in range(2)]
-        model = weightless(config, fake_cuda.DEVICE, torch.bfloat16, 1024)
-        return model, inputs, sampling.arguments(config.vocab_size, fake_cuda.DEVICE)
-    return fake_cuda.compiled_for_cuda(build, decode)
+        remembers = isinstance(sampling, Varied) or sampling.remembers
+        zeros = functools.partial(torch.zeros, dtype=torch.int64, device=fake_cuda.DEVICE)
+        model = weightless(config, fake_cuda.DEVICE, torch.bfloat16, 1024, 1 + max(drafted, remembers), rows)
+        options = options_of(sampling, config, rows)
+        if drafted:
+            options |= {"drafted": zeros(rows, drafted), "given": zeros(rows, drafted + 1), "limit": zeros(())}
+        return model, [zeros(rows, 1), zeros(rows, 1)], options
+    return fake_cuda.compiled_for_cuda(build, verify if drafted else decode)
 
 
 def launches(source: str) -> list[tuple[str, str]]:
@@ -67,12 +88,18 @@ CASES = {  # kinds of layers, weights, and the kernels of a layer of each kind
 REST = 5  # last norm, head, the likeliest in two, its position
 
 
+def assert_graph(step: fake_cuda.Compiled, most: int) -> None:
+    """One CUDA graph, of which at most so many inputs are copied; a break would have been an error."""
+    assert not re.search(r"device='cpu'|cpp_fused|\.copy_\(|\.item\(|device_assert", step.source)
+    assert step.graphed and step.moving <= most and not step.written, step[1:]
+
+
 @pytest.mark.parametrize("shape", CASES)
 def test_a_step_is_one_graph_of_few_kernels_that_writes_its_caches_in_place(shape):
     kinds, mode, each = CASES[shape]
-    source = compile_step(shape, kinds, mode)  # a break in the graph is an error
-    assert not re.search(r"device='cpu'|cpp_fused|\.copy_\(|\.item\(|device_assert", source)
-    found = launches(source)
+    step = compile_step(shape, kinds, mode)
+    assert_graph(step, 2)
+    found = launches(step.source)
     names = [name for name, _ in found]
     matrix = "readonce.quantized_linear" if mode else "readonce.linear16"
     assert set(names) <= {"triton", "readonce.linear16", matrix, "readonce.gated_linear", "readonce.place_heads",
@@ -87,3 +114,18 @@ def test_a_step_is_one_graph_of_few_kernels_that_writes_its_caches_in_place(shap
     kernels = sum(KERNELS.get(name, 1) for name in names)
     print(shape, kernels, names)
     assert kernels == sum(each[kind] for kind in kinds) + REST
+
+
+FORMS = {  # shape, kinds of layers, weights, how tokens are chosen, rows, drafted tokens
+    "drafts": ("Qwen3.5-4B", ("linear", "full"), "int4", Sampling(0.0), 1, 4),
+    "a server's batch": ("Qwen3-30B-A3B", ("full",) * 2, "int8", Varied(), 8, 0),
+    "penalties": ("Gemma-3-4B", ("sliding", "full"), None, Sampling(0.8, 50, 0.9, 0.05, 1.1, logprobs=3), 1, 0)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_step_is_a_graph_without_the_host(form):
+    step = compile_step(*FORMS[form])
+    assert_graph(step, 14)
+    names = [name for name, _ in launches(step.source)]
+    assert names.count("readonce.gated_linear") + names.count("readonce.quantized_expert_linear") >= 2
+    print(form, len(names), step[1:])

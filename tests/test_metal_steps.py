@@ -48,7 +48,8 @@ def settings():
     ops.mps.compiled.cache_clear()
 
 
-def weightless(config: ModelConfig, device: torch.device, dtype: torch.dtype, length: int, S: int = 1) -> Transformer:
+def weightless(config: ModelConfig, device: torch.device, dtype: torch.dtype, length: int, S: int = 1,
+               rows: int = 1) -> Transformer:
     """A model with memory for weights and caches, or what pretends to be that, not filled; for calls of S tokens."""
     with torch.device("meta"):
         model = Transformer(config).eval()
@@ -56,7 +57,7 @@ def weightless(config: ModelConfig, device: torch.device, dtype: torch.dtype, le
         quantize_(model, config.quantization)
     list(materialize(model, device, dtype))
     model.settle(dtype)
-    model.setup_caches(1, length, S - 1)
+    model.setup_caches(rows, length, S - 1)
     return model
 
 
