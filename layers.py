@@ -70,23 +70,24 @@ class Matrix(nn.Module):
 
 
 class Linear(Matrix):
-    """y = x W^T (+ b)."""
+    """y = x W^T (+ b); with an activation half of the outputs are gates of the others."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__(outputs, inputs, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., inputs] -> [..., outputs]
-        return self.times(x)
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:  # [..., inputs] -> [..., outputs (/ 2)]
+        return self.times(x) if activation is None else self.gated(x, activation)
 
 
 class ExpertLinear(Matrix):
-    """One matrix per expert; each row of x goes through the one chosen for it."""
+    """One matrix per expert; each row of x goes through the one chosen for it. With an activation as `Linear`."""
 
     def __init__(self, experts: int, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__(experts, outputs, inputs, bias=bias)
 
-    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:  # [N, inputs], int64 [N] -> [N, outputs]
-        return self.times(x, chosen)
+    def forward(self, x: Tensor, chosen: Tensor, activation: str | None = None) -> Tensor:
+        """[N, inputs], int64 [N] -> [N, outputs], or half of that."""
+        return self.times(x, chosen) if activation is None else self.gated(x, activation, chosen)
 
 
 class Embedding(Matrix):

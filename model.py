@@ -102,7 +102,7 @@ class FeedForward(nn.Module):
         self.w2 = Linear(ffn_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, S, D]
-        return self.w2(self.w13.gated(x, self.activation))
+        return self.w2(self.w13(x, activation=self.activation))
 
 
 class Experts(nn.Module):
@@ -132,7 +132,7 @@ class Experts(nn.Module):
         """What the chosen experts make of x [B, S, D], weighed and summed."""
         active, chosen = self.config.n_active, chosen.flatten()  # [N * A]
         rows = x.flatten(0, 1).repeat_interleave(active, 0)  # [N * A, D]
-        y = self.w2(self.w13.gated(rows, self.activation, chosen), chosen)
+        y = self.w2(self.w13(rows, chosen, activation=self.activation), chosen)
         return (y.view(*weights.shape, -1).float() * weights[..., None]).sum(2).to(x.dtype)
 
 

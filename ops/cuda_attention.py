@@ -46,7 +46,7 @@ def attend_split(q, k, v, k_scale, v_scale, positions, partial, largest, total, 
     newest = tl.load(positions + b * S + S - 1)
     filled = tl.minimum(newest + 1, size)
     share = tl.cdiv(tl.cdiv(filled, BLOCK), SPLITS) * BLOCK  # positions per split, whole blocks
-    base = b * stride_b + (head % kv_heads) * stride_k
+    base = b.to(tl.int64) * stride_b + (head % kv_heads).to(tl.int64) * stride_k  # caches may hold more than 2^31
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     s = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, COLS), tl.float32)
@@ -162,7 +162,7 @@ def place_head(qkv, positions, frequencies, scale, q_norm, k_norm, q, k, v, eps,
         angle = position.to(tl.float32) * tl.load(frequencies + col % (TURNED // 2))
         side = tl.where(col < TURNED // 2, -1.0, 1.0) * pair
         x = tl.where((col < TURNED) & (is_q | is_k), (x * tl.cos(angle) + side * tl.sin(angle)) * scale, x)
-    slot = b * stride_b + head * stride_k + position % size * E + col
+    slot = b.to(tl.int64) * stride_b + head.to(tl.int64) * stride_k + position % size * E + col
     y = x.to(q.dtype.element_ty)
     tl.store(q + (token * heads + j) * E + col, y, mask=inside & is_q)
     tl.store(k + slot, y, mask=inside & is_k)
