@@ -292,6 +292,17 @@ def test_a_calibrated_folder_is_nearer_to_its_model_at_the_same_bytes(tmp_path, 
     assert divergence(tmp_path / "best", held_out) < 0.8 * divergence(tmp_path / "plain", held_out)
 
 
+@torch.no_grad()
+def test_all_that_is_rounded_by_what_it_gets_is_seen_to_get_something():
+    model = load(DRAFT)
+    model.setup_caches(1, 32)
+    groups = quantize.groups(model, Quantization("int4"))
+    rounded = {key: model.get_submodule(key) for key, group in groups.items() if group}
+    with calibration.hessians(rounded) as sums:
+        model.hidden(torch.randint(4000, (1, 32)), torch.arange(32)[None])
+    assert len(sums) == 4 * len(model.layers) and all(total.any() for total in sums.values())
+
+
 @pytest.mark.parametrize("name", ["Qwen3-MoE", "Qwen3.5-MoE", "Gemma 4 A4B", "gpt-oss"])
 def test_experts_are_calibrated_each_by_what_it_gets(name, tmp_path):
     tiny_models.reference_model(name).save_pretrained(tmp_path)
