@@ -20,6 +20,7 @@ from checkpoint import BLOCK_NAMES, NAMES
 from layers import Linear
 from model import Transformer
 from ops import unpack_int4
+from ops.fused import activate
 
 TILE = 16  # rows: a packed matrix can be cut between tiles
 
@@ -45,7 +46,18 @@ def fixed(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(memory.copy_(tensor), requires_grad=False)
 
 
-class Stock(nn.Module):
+class StandIn(nn.Module):
+    """In the place of a Linear; `times` is another way to multiply."""
+
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:  # [..., K] -> [..., N], or half of that
+        y = self.times(x)
+        return y if activation is None else activate(activation, y)
+
+    def times(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+        raise NotImplementedError
+
+
+class Stock(StandIn):
     """In the place of a Linear that is not packed: F.linear, for 16 bits."""
 
     packed = False
@@ -54,7 +66,7 @@ class Stock(nn.Module):
         super().__init__()
         self.shape, self.group, self.weight = linear.shape, linear.group, linear.weight
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+    def times(self, x: Tensor) -> Tensor:
         return self.product(x.flatten(0, -2)).view(*x.shape[:-1], -1)
 
     def product(self, x: Tensor) -> Tensor:  # [M, K] -> [M, N]
@@ -102,7 +114,7 @@ class StockInt4(Stock):
 
 # -- other matrices, other memory -------------------------------------------------------------------------------------
 
-class Cut(nn.Module):
+class Cut(StandIn):
     """A packed Linear as several, each called by itself."""
 
     def __init__(self, linear: Linear, sizes: list[int]) -> None:
@@ -116,7 +128,7 @@ class Cut(nn.Module):
             part.weight, part.group, part.packed = nn.Parameter(tiles, requires_grad=False), linear.group, True
             self.parts.append(part)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def times(self, x: Tensor) -> Tensor:
         return torch.cat([part(x) for part in self.parts], -1)
 
 
