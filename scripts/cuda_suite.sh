@@ -64,7 +64,7 @@ pdl() { # the same text, and how much sooner, with kernels that begin early
 nvidia-smi >"$out/machine.log" 2>&1
 "$python" -c "import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())" \
   | tee -a "$out/machine.log" || exit 2
-stage ceilings 100 "$python" -m scripts.tune_cuda --output "$out/tune.jsonl"
+stage ceilings 100 "$python" -m scripts.tune_cuda --matrices w13 --output "$out/tune.jsonl" # all tiles take longer
 export -f warm times peers profile pdl
 export python out gpt_fast
 stage tests 240 "$python" -m pytest -m cuda -q --durations=10 &

@@ -1,12 +1,12 @@
-"""How fast a card reads, multiplies, and runs our kernels for quantized matrices, cut in every way that they allow.
+"""How fast a card reads, multiplies, and runs our kernel for few rows, cut in every way that it allows.
 
     python -m scripts.tune_cuda                                        # the matrices of Llama-3.1-8B
     python -m scripts.tune_cuda --shape Qwen3.5-4B --rows 1,8 --output tune.jsonl
 
-First the ceilings: bytes/s of plain reads, operations/s of matrix products. Then, for some matrices of a layer, bf16,
-int8 and int4, the time of one product in a CUDA graph that walks over copies too many for any cache, with each tile;
-`*` marks the one that is used, and what is faster shows how `ops/cuda_linear.tile` should choose. Last, one layer's
-products in a row, 32 times, with each kernel begun when the one before has ended, and before (see ops/cuda_pdl.py).
+First the ceilings: bytes/s of plain reads, operations/s of matrix products. Then one layer's products in a row, 32
+times, with each kernel begun when the one before has ended, and before (see ops/cuda_pdl.py). Last, for some matrices
+of a layer, bf16, int8 and int4, the time of one product in a CUDA graph that walks over copies too many for any cache,
+with each tile; `*` marks the one that is used, and what is faster shows how `ops/cuda_linear.tile` should choose.
 """
 import functools
 import importlib
@@ -29,7 +29,7 @@ from model import Transformer
 from scripts.rows import add_output, append, check, listed, origin
 
 COLD = 1 << 28  # bytes of copies that are walked over: several times the L2 cache
-GROUPS = {"bf16": None, "int8": 0, "int4": 32}
+GROUPS = {"none": None, "int8": 0, "int4": 32}
 
 
 # -- what is timed ----------------------------------------------------------------------------------------------------
@@ -161,6 +161,8 @@ def parser() -> Parser:
     p.add_argument("--shape", default="Llama-3.1-8B", help="whose matrices (default %(default)s)")
     p.add_argument("--rows", type=listed(int, least=1), default=[1], help="rows of x (default 1; commas)")
     p.add_argument("--matrices", type=listed(str), default=["w13", "wo"], help="by name, or all (default w13,wo)")
+    p.add_argument("--quantize", type=listed(str), default=list(GROUPS),
+                   help="none (bfloat16), int8 or int4 (default all; commas)")
     p.add_argument("--best", type=int, default=4, help="tiles shown for each matrix (default %(default)s)")
     add_output(p)
     return p
@@ -175,22 +177,24 @@ def main(argv: list[str]) -> None:
     dtype, sizes = torch.bfloat16, matrices(args.shape)
     if unknown := [name for name in args.matrices if name not in (*sizes, "all")]:
         raise UserError(f"--matrices {unknown[0]!r}; {args.shape} has {', '.join(sizes)}, or say all")
+    if unknown := [mode for mode in args.quantize if mode not in GROUPS]:
+        raise UserError(f"--quantize {unknown[0]!r}; allowed: {', '.join(GROUPS)}")
     ops.bind("cuda")
     first = ceilings(device, dtype)
     about = origin("tune_cuda", argv, device) | {"shape": args.shape}
-    bandwidth, rows = first["bandwidth_gb_s"] * 1e9, [first]
-    print(show(first))
-    swept = list(sizes) if "all" in args.matrices else args.matrices
-    for mode, name, n in itertools.product(GROUPS, swept, args.rows):
-        found = sweep(name, sizes[name], mode, n, dtype, device, bandwidth)
-        rows += found
-        shown = found[:args.best] + [row for row in found[args.best:] if row["used"]]
+    bandwidth = first["bandwidth_gb_s"] * 1e9
+
+    def report(rows: list[dict], shown: list[dict]) -> None:  # at once: who runs out of time keeps what there was
         print("\n".join(map(show, shown)), flush=True)
-    for mode in GROUPS:
-        for row in chain(sizes, mode, dtype, device, bandwidth):
-            rows.append(row)
-            print(show(row), flush=True)
-    append(args.output, *(about | row for row in rows))
+        append(args.output, *(about | row for row in rows))
+    report([first], [first])
+    for mode in args.quantize:
+        rows = list(chain(sizes, mode, dtype, device, bandwidth))
+        report(rows, rows)
+    swept = list(sizes) if "all" in args.matrices else args.matrices
+    for mode, name, n in itertools.product(args.quantize, swept, args.rows):
+        found = sweep(name, sizes[name], mode, n, dtype, device, bandwidth)
+        report(found, found[:args.best] + [row for row in found[args.best:] if row["used"]])
 
 
 if __name__ == "__main__":

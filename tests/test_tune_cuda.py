@@ -1,4 +1,6 @@
 """What is tried on a card is right whatever the tile, and what is asked for is a matrix there is."""
+import json
+
 import pytest
 from conftest import ROOT
 from test_cuda_ops import assert_equal_in_the_interpreter
@@ -42,3 +44,24 @@ def test_on_other_machines_and_for_other_matrices_there_is_one_line(command, mon
     monkeypatch.setattr(tune_cuda.ops, "bind", lambda _: None)
     code, _, err = command(tune_cuda.main, "--matrices", "w13,wx")
     assert code == 2 and "'wx'" in err and "wqkv" in err and err.count("\n") == 1
+    code, _, err = command(tune_cuda.main, "--quantize", "none,int5")
+    assert code == 2 and "'int5'" in err and "none, int8, int4" in err and err.count("\n") == 1
+
+
+def test_who_runs_out_of_time_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
+    def sweep(name: str, size: tuple, mode: str, *_) -> list[dict]:
+        if mode == "int8":
+            raise KeyboardInterrupt
+        return [{"kind": "tile", "matrix": name, "outputs": size[0], "inputs": size[1], "mode": mode, "rows": 1,
+                 "us": 1, "gb_s": 2, "bandwidth_pct": 3, "used": True, "tile": {"OUT": 16, "EVEN": True}}]
+    first = {"kind": "ceilings", "bandwidth_gb_s": 4000.0, "matmul_tflops": 700.0, "linear_gb_s": 3000.0}
+    row = {"kind": "chain", "mode": "none", "kernels": 4, "early": True, "us": 1, "gb_s": 2, "bandwidth_pct": 3}
+    for name, value in (("ceilings", lambda *_: first), ("origin", lambda *_: {}), ("sweep", sweep),
+                        ("chain", lambda *_: iter([row]))):
+        monkeypatch.setattr(tune_cuda, name, value)
+    monkeypatch.setattr(tune_cuda.machine, "choose_device", lambda: type("Device", (), {"type": "cuda"})())
+    monkeypatch.setattr(tune_cuda.ops, "bind", lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        tune_cuda.main(["--quantize", "none,int8", "--output", str(tmp_path / "rows.jsonl")])
+    kept = [json.loads(line)["kind"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert kept == ["ceilings", "chain", "chain", "tile", "tile"] and "4000 GB/s" in capsys.readouterr().out
