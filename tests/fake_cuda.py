@@ -6,18 +6,14 @@ Tensors are fake: shapes without memory, so widths are those of real models. Wha
 answered for it: it is said to be an H200.
 """
 import contextlib
-import ctypes
-import functools
-import subprocess
-import tempfile
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 import torch._inductor.config
+from device_guard import load_guard
 from torch import Tensor, nn
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import compile_fx
@@ -29,10 +25,6 @@ from torch.utils._triton import has_triton
 from aot import compiled
 
 DEVICE = torch.device("cuda", 0)
-GUARD = """
-#include <c10/core/impl/DeviceGuardImplInterface.h>
-namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, NoOpDeviceGuardImpl<DeviceType::CUDA>); }
-"""
 CARD = types.SimpleNamespace(
     name="NVIDIA H200", gcnArchName="", major=9, minor=0, multi_processor_count=132, warp_size=32,
     regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024,
@@ -45,25 +37,13 @@ class Enough(BaseException):
     """Compiled; not to be run. The compiler takes any Exception for an error of its own."""
 
 
-@functools.cache
-def load_guard() -> None:
-    """A guard that switches no device, as there is none. It cannot be taken back, and changes nothing for who has
-    no tensor on cuda."""
-    root = Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "guard.so"
-        subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", "-I", root / "include", "-x", "c++", "-",
-                        "-o", library, "-L", root / "lib", "-lc10"], input=GUARD, text=True, check=True)
-        ctypes.CDLL(str(library))
-
-
 @contextlib.contextmanager
 def pretended() -> Iterator[None]:
     """As if there were such a card, as far as the compiler asks."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    load_guard()
+    load_guard("CUDA")
     def saying(value: object) -> Callable:  # each a function of its own: the compiler tells them apart by that
         return lambda *_, **__: value
     asked = {"current_device": 0, "device_count": 1, "get_device_properties": CARD, "is_bf16_supported": True}

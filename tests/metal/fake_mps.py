@@ -6,18 +6,14 @@ Tensors are fake: shapes without memory, so widths are those of real models. The
 build of PyTorch without MPS lacks but a guard that switches devices, for which stands one that does nothing.
 """
 import contextlib
-import ctypes
-import functools
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 import torch._inductor.config
+from device_guard import load_guard
 from torch import Tensor, nn
 from torch._dynamo.device_interface import MpsInterface
 from torch._inductor.graph import GraphLowering
@@ -26,10 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aot import compiled
 
-GUARD = """
-#include <c10/core/impl/DeviceGuardImplInterface.h>
-namespace c10::impl { C10_REGISTER_GUARD_IMPL(MPS, NoOpDeviceGuardImpl<DeviceType::MPS>); }
-"""
 CORES = 40  # of the GPU; the compiler asks
 LAUNCH = re.compile(r"^ +(?:\w+ = )?(generated_kernel_\d+|mps_lib_\d+\.generated_kernel)\((.*)\)$", re.MULTILINE)
 CALL = re.compile(r"^ +(?:\w+ = )?(?:(extern_kernels\.\w+)|torch\.ops\.(\w+\.\w+)(?:\.\w+)?)\((.*)\)$", re.MULTILINE)
@@ -56,23 +48,11 @@ class Enough(Exception):
     """Compiled; not to be run."""
 
 
-@functools.cache
-def load_guard() -> None:
-    """It cannot be taken back, and changes nothing for those who have no tensor on mps."""
-    if torch.backends.mps.is_built():
-        return
-    root = Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "guard.so"
-        subprocess.run(["g++", "-shared", "-fPIC", "-std=c++20", "-I", root / "include", "-x", "c++", "-",
-                        "-o", library, "-L", root / "lib", "-lc10"], input=GUARD, text=True, check=True)
-        ctypes.CDLL(str(library))
-
-
 @contextlib.contextmanager
 def pretended() -> Iterator[None]:
     """As if there were an Apple GPU, as far as the compiler asks."""
-    load_guard()
+    if not torch.backends.mps.is_built():
+        load_guard("MPS")
     with (mock.patch.object(MpsInterface, "is_available", staticmethod(lambda: True)),
           mock.patch.object(torch.backends.mps, "get_core_count", lambda: CORES),
           mock.patch.object(torch.backends.mps, "is_macos_or_newer", lambda *_: True),
