@@ -24,6 +24,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+import compiler
 import device as machine
 from collectives import once_per_node
 
@@ -71,7 +72,7 @@ def compiled(function: Callable, device: torch.device, **settings) -> Callable:
     such `settings` of torch._inductor.config; on a GPU a CUDA graph where there are such."""
     if device.type == "cpu":
         return AheadOfTime(function, **settings)
-    machine.configure_compiler(device)
+    compiler.configure(device)
     graph = dict(mode="reduce-overhead") if device.type == "cuda" else {}  # elsewhere it only cuts the program in parts
     return torch.compile(function, fullgraph=True, dynamic=False, **graph)
 
@@ -141,7 +142,7 @@ def build(bound: Bound, inputs: tuple[Tensor, ...], options: dict[str, Tensor], 
           kept: bool) -> Path:
     """Trace, compile and write a package, whole or not at all; where it is."""
     print("note: compiling for this model and machine, once (~20 s)", file=sys.stderr, flush=True)
-    machine.configure_compiler(torch.device("cpu"))
+    compiler.configure(torch.device("cpu"))
     from torch._inductor import aoti_compile_and_package
     folder = machine.kept_folder(FOLDER) if kept else None
     made, caches = Path(tempfile.mkdtemp(dir=folder), path.name), bound.model.cache_size
@@ -152,7 +153,7 @@ def build(bound: Bound, inputs: tuple[Tensor, ...], options: dict[str, Tensor], 
             aoti_compile_and_package(program, package_path=str(made), inductor_configs=settings | {
                 "aot_inductor.package_constants_in_so": False,  # no weight is copied into the file
                 "always_keep_tensor_constants": True})  # nor are the numbers of a small one into the code
-        machine.note_compilation()
+        compiler.note_compilation()
         if folder is None:
             atexit.register(shutil.rmtree, made.parent, ignore_errors=True)
             return made

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import compiler
 import device as machine
 from aot import compiled
 from errors import UserError
@@ -139,7 +140,7 @@ def compiled_steps(device: torch.device, compile_prefill: bool = False, **settin
     """Each step as one graph, the prefill step only if asked: one for length 1, one for all above. `settings` are those
     of `aot.compiled`."""
     if compile_prefill:
-        machine.configure_compiler(device)
+        compiler.configure(device)
     few = {step.__name__: compiled(step, device, **settings)
            for step in (decode, verify, propose, foretell, look_up)}
     return Steps(prefill=torch.compile(prefill, fullgraph=True, dynamic=True) if compile_prefill else prefill, **few)

@@ -1,4 +1,4 @@
-"""Everything that depends on the machine: device and dtype choice, clocks, memory, bandwidth, compiler settings.
+"""Everything that depends on the machine: device and dtype choice, clocks, memory, bandwidth.
 
 The rest of the code asks here and never tests for "cuda" or "mps" itself (ops/ apart, which holds the kernels).
 """
@@ -8,9 +8,7 @@ import json
 import mmap
 import os
 import platform
-import shutil
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -286,67 +284,6 @@ def read_bandwidth(device: torch.device) -> float:
             temporary.write_text(json.dumps(known, indent=1))
             temporary.replace(path)
     return known[key]
-
-
-# -- compiler ---------------------------------------------------------------------------------------------------------
-
-def missing_for_compilation(device: torch.device) -> str | None:
-    """What torch.compile would need on this machine and does not find; None when all is there."""
-    if device.type != "cpu":
-        return None
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        return f"a C++ compiler ({compiler})"
-    headers = Path(sysconfig.get_paths()["include"], "Python.h")
-    return None if headers.is_file() else f"Python's headers ({headers}; the package is often called python3-dev)"
-
-
-def configure_compiler(device: torch.device) -> None:
-    """Settings of torch.compile for the decode step. They are process-wide: called when something is to be compiled."""
-    if kept := kept_folder("inductor"):  # else torch's own choice, a temporary folder
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))  # read when inductor is imported
-    import torch._dynamo.config
-    import torch._inductor.config
-
-    torch._dynamo.config.capture_scalar_outputs = True  # ops.attended reads the position back on a CPU
-    torch._dynamo.config.recompile_limit = 64  # each top_k is a graph of its own, and so is each model
-    torch._inductor.config.fallback_random = True  # the same random numbers as eager: one seed, one text
-    if device.type != "cpu":
-        torch._inductor.config.assert_indirect_indexing = False  # no checks of tokens and positions, which are checked
-    if device.type == "cuda":
-        torch._inductor.config.coordinate_descent_tuning = True  # a matmul with one row becomes a fused reduction
-        torch._inductor.config.triton.unique_kernel_names = True
-        if os.environ.get("TORCHINDUCTOR_ENABLE_PDL") == "1":  # older versions of torch do not read it
-            torch._inductor.config.triton.enable_pdl = True
-    if device.type == "mps":  # a kernel costs some microseconds whatever it does: what two need is computed twice
-        torch._inductor.config.force_pointwise_cat = True
-        torch._inductor.config.realize_opcount_threshold = 100
-
-
-def warm_up_calls(device: torch.device) -> int:
-    """After how many calls a compiled step runs as it will: a CUDA graph is compiled, recorded and replayed first."""
-    return 4 if device.type == "cuda" else 1
-
-
-def forget_compilations() -> None:
-    """Let `compile_cache_state` speak of what is compiled from now on."""
-    if "torch._dynamo" in sys.modules:
-        from torch._dynamo.utils import counters
-        counters.clear()
-
-
-def note_compilation() -> None:
-    """Let `compile_cache_state` know of something made without torch.compile."""
-    from torch._dynamo.utils import counters
-    counters["inductor"]["fxgraph_cache_miss"] += 1
-
-
-def compile_cache_state() -> str:
-    """`warm` if all that was compiled so far came from the cache on disk, `cold` if anything was made."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled here, and importing it takes a second
-        return "warm"
-    from torch._dynamo.utils import counters
-    return "cold" if counters["inductor"]["fxgraph_cache_miss"] else "warm"
 
 
 # -- reading tokens ---------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 import chat
+import compiler
 import device as machine
 import ops
 import prompts
@@ -268,7 +269,7 @@ def compile_steps(args, model: Transformer, warm: Callable[[Steps, int], None],
     steps and the seconds it took."""
     if not (args.compile or args.compile_prefill):
         return Steps(), 0.0
-    if missing := machine.missing_for_compilation(model.device):
+    if missing := compiler.missing(model.device):
         print(f"note: --compile needs {missing}, not found here; running uncompiled, slower", file=sys.stderr)
         return Steps(), 0.0
     start, steps = time.perf_counter(), compiled_steps(model.device, args.compile_prefill)
@@ -282,7 +283,7 @@ def compile_steps(args, model: Transformer, warm: Callable[[Steps, int], None],
 def warm_up(model: Transformer, steps: Steps, sampling: Sampling, size: int = 2,
             speculation: Speculation | None = None) -> None:
     """Run every step on a prompt of `size` tokens until it runs as it will, and it is known how long it takes."""
-    calls = machine.warm_up_calls(model.device) + (Pace.MEASURED if speculation else 0)
+    calls = compiler.warm_up_calls(model.device) + (Pace.MEASURED if speculation else 0)
     for drafted in speculation.each_length() if speculation else [0]:
         tokens = 1 + calls * (drafted + 1)
         for _ in generate(model, [0] * size, min(tokens, model.config.max_seq_len - size), sampling, steps=steps,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+import compiler
 import device as machine
 from collectives import world
 from model import Transformer
@@ -148,7 +149,7 @@ def report(name: str, model: Transformer, samples: Sequence[Sample], load_s: flo
         if measured.gb_s is not None and alone:
             measured.bandwidth_pct = 100 * measured.gb_s * 1e9 / bandwidth
     dtype, threads = str(model.dtype).removeprefix("torch."), torch.get_num_threads()
-    cached = f" ({machine.compile_cache_state()} cache)" if compile_s else ""
+    cached = f" ({compiler.cache_state()} cache)" if compile_s else ""
     dtype_shown = f"{dtype}, {model.config.quantization}" if model.config.quantization else dtype
     rank = f"; rank 0 of {world.size}" if world.size > 1 else ""
     print(f"{name}, {dtype_shown}, on {machine.device_name(model.device)} ({model.device}, {threads} threads, "

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import compiler
 import device as machine
 from batch import Batch, Request
 from collectives import world
@@ -193,7 +194,7 @@ class Lines:
 def warm_up(model: Transformer, rows: int, length: int, sampling: Sampling, steps: Steps, size: int) -> None:
     """Run the steps of such a batch on a prompt of `size` tokens until they run as they will."""
     batch = Batch(model, rows, length, sampling, steps)
-    tokens = 1 + machine.warm_up_calls(model.device)
+    tokens = 1 + compiler.warm_up_calls(model.device)
     batch.add(Request([0] * size, min(tokens, model.cache_length - size)))
     for _ in batch.events():
         pass

@@ -144,11 +144,51 @@ def rows_of_matrix(outputs, OUT: tl.constexpr, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def few_rows(x, weight, scale, chosen, y, rows, outputs, IN: tl.constexpr, GROUP: tl.constexpr,
-             ACTIVATION: tl.constexpr, M: tl.constexpr, OUT: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr,
-             EVEN: tl.constexpr, PTX: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr):
+def root_mean_square(x, row, rows, eps, IN: tl.constexpr, STEP: tl.constexpr):
+    """Its inverse, float32, for each of some rows of x [rows, IN]."""
+    squares = tl.zeros((row.shape[0], STEP), tl.float32)
+    for start in range(0, IN, STEP):
+        k = start + tl.arange(0, STEP)
+        v = tl.load(x + row[:, None] * IN + k[None, :], mask=(row < rows)[:, None] & (k < IN)[None, :], other=0.0)
+        squares += v.to(tl.float32) * v.to(tl.float32)
+    return tl.rsqrt(tl.sum(squares, 1) / IN + eps)
+
+
+@triton.jit
+def store_products(sums, row, real, rms_of, bias, residual, gain, y, n, rows, outputs, eps, offset, IN: tl.constexpr,
+                   ACTIVATION: tl.constexpr, ROWS: tl.constexpr):
+    """What `fused.fused_linear` does with products [OUT, M], those with some `real` rows of a matrix, float32."""
+    OUT: tl.constexpr = sums.shape[0]
+    M: tl.constexpr = sums.shape[1]
+    OWN: tl.constexpr = OUT if ACTIVATION is None else OUT // 2  # outputs of a program
+    m, out = tl.arange(0, M), tl.program_id(0) * OWN + tl.arange(0, OWN)
+    if rms_of is not None:
+        given = tl.arange(0, ROWS)
+        rate = root_mean_square(rms_of, given, rows, eps, IN, 4096 // ROWS)
+        sums *= tl.sum(tl.where(m[:, None] == given[None, :], rate[None, :], 0.0), 1)[None, :]
+    if bias is not None:
+        sums += tl.load(bias + row, mask=real, other=0.0).to(tl.float32)[:, None]
+    if ACTIVATION is not None:
+        gate, up = tl.split(tl.permute(tl.reshape(sums, (2, OWN, M)), (1, 2, 0)))
+        sums = activated(gate, up, ACTIVATION)  # [OWN, M]
+    at, stored = (n * rows + m[None, :]) * outputs + out[:, None], (m < rows)[None, :] & (out < outputs)[:, None]
+    if residual is not None:
+        sums += tl.load(residual + at, mask=stored, other=0.0).to(tl.float32)
+    result = sums.to(y.dtype.element_ty)
+    tl.store(y + at, result, mask=stored)
+    if gain is not None:
+        factor = offset + tl.load(gain + out, mask=out < outputs, other=0.0).to(tl.float32)
+        tl.store(y + rows * outputs + at, (result.to(tl.float32) * factor[:, None]).to(y.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def few_rows(x, weight, scale, chosen, rms_of, bias, residual, gain, y, rows, outputs, eps, offset, IN: tl.constexpr,
+             GROUP: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, OUT: tl.constexpr,
+             PIECES: tl.constexpr, PIECE: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr, MOST: tl.constexpr,
+             PDL: tl.constexpr):
     """Rows x [N, rows, IN] times weight[chosen[n]] (chosen None: N is 1) transposed -> y [N, rows, outputs]; with an
-    ACTIVATION the matrix has as many rows again, and the products with these are what the others' are gates of.
+    ACTIVATION the matrix has as many rows again, and the products with these are what the others' are gates of. The
+    rest is as `fused.fused_linear` has it, for N = 1: y [2, rows, outputs] if there is a gain.
 
     Without a scale a weight is what it says. GROUP 0: int8, if there is one. The tensor core sees whole numbers, which
     all types hold exactly; sums are float32. A piece may hold several groups of int4 columns: each row of x then
@@ -160,7 +200,6 @@ def few_rows(x, weight, scale, chosen, y, rows, outputs, IN: tl.constexpr, GROUP
     SCALES: tl.constexpr = IN // GROUP if GROUP else 1
     SPAN: tl.constexpr = GROUP // 2 if GROUP else PIECE  # numbers of a group
     G: tl.constexpr = PIECE // SPAN  # in a piece
-    OWN: tl.constexpr = OUT if ACTIVATION is None else OUT // 2  # outputs of a program
     dtype: tl.constexpr = x.dtype.element_ty
     n = tl.program_id(1)
     row, real, height = rows_of_matrix(outputs, OUT, ACTIVATION)  # all experts may hold more than 2^31 numbers
@@ -192,12 +231,7 @@ def few_rows(x, weight, scale, chosen, y, rows, outputs, IN: tl.constexpr, GROUP
     sums = tl.sum(tl.reshape(tl.sum(total, 0), (OUT, M, G)), 2)
     if scale is not None and GROUP == 0:
         sums *= tl.load(scale + row, mask=real, other=0.0)[:, None]
-    if ACTIVATION is not None:
-        gate, up = tl.split(tl.permute(tl.reshape(sums, (2, OWN, M)), (1, 2, 0)))
-        sums = activated(gate, up, ACTIVATION)  # [OWN, M]
-    m, out = tl.arange(0, M), tl.program_id(0) * OWN + tl.arange(0, OWN)
-    tl.store(y + (n * rows + m[None, :]) * outputs + out[:, None], sums.to(dtype),
-             mask=(m < rows)[None, :] & (out < outputs)[:, None])
+    store_products(sums, row, real, rms_of, bias, residual, gain, y, n, rows, outputs, eps, offset, IN, ACTIVATION, ROWS)
 
 
 def tile_for(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tile:
@@ -212,19 +246,34 @@ def group_of(x: Tensor, scale: Tensor | None) -> int:
     return x.shape[-1] // scale.shape[-1] if scale is not None and scale.dtype == torch.float16 else 0
 
 
+class Behind(NamedTuple):
+    """What is done to products before they are stored: arguments of `fused.fused_linear`."""
+    activation: str | None = None
+    rms_of: Tensor | None = None
+    eps: float = 0.0
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    gain: Tensor | None = None
+    offset: float = 0.0
+
+
 def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None, size: Tile,
-             activation: str | None = None) -> Tensor:
-    """x [N, rows, in] by the kernel -> [N, rows, out], or half of that with an activation."""
+             behind: Behind = Behind()) -> Tensor:
+    """x [N, rows, in] by the kernel -> [N, rows, out], or half of that with an activation; [2, ...] with a gain."""
     assert weight.is_contiguous() and (scale is None or scale.is_contiguous()), weight.stride()
     N, rows, inputs = x.shape
     outputs, length = weight.shape[-2:]
+    activation, rms_of, eps, bias, residual, gain, offset = behind
     assert activation is None or outputs % 2 == 0, outputs
+    assert N == 1 or behind == Behind(activation), "what is beside x is not told apart by n"
     fetched = max(128, min(triton.next_power_of_2(length * weight.itemsize), PREFETCHED // size.OUT))
-    y = x.new_empty(N, rows, outputs if activation is None else outputs // 2)
+    y = x.new_empty(N if gain is None else 2, rows, outputs if activation is None else outputs // 2)
+    x, chosen, rms_of, bias, residual, gain = (None if t is None else t.contiguous()
+                                               for t in (x, chosen, rms_of, bias, residual, gain))
     few_rows[(triton.cdiv(outputs, size.OUT), N)](
-        x.contiguous(), weight, scale, None if chosen is None else chosen.contiguous(), y, rows, y.shape[2],
-        IN=inputs, GROUP=group_of(x, scale), ACTIVATION=activation, PTX=understands(x.device, x.dtype), MOST=fetched,
-        **size._asdict(), **launch_options(x))
+        x, weight, scale, chosen, rms_of, bias, residual, gain, y, rows, y.shape[2], eps, offset, IN=inputs,
+        GROUP=group_of(x, scale), ACTIVATION=activation, ROWS=triton.next_power_of_2(rows),
+        PTX=understands(x.device, x.dtype), MOST=fetched, **size._asdict(), **launch_options(x))
     return y
 
 
@@ -240,17 +289,26 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | Non
     several. Few rows never wait for the device; many with `chosen` read it back."""
     if chosen is None and takes(x, weight, scale, rows := x.numel() // x.shape[-1]):
         flat = x.reshape(1, rows, -1)
-        y = multiply(flat, weight, scale, None, tile_for(flat, weight, scale), activation)
+        y = multiply(flat, weight, scale, None, tile_for(flat, weight, scale), Behind(activation))
         return y.view(*x.shape[:-1], -1)
     if chosen is not None and takes(x, weight, scale, 1) and 0 < x.shape[0] <= ops.EXPERT_ROWS:
         flat = x[:, None]
-        return multiply(flat, weight, scale, chosen, tile_for(flat, weight, scale), activation)[:, 0]
+        return multiply(flat, weight, scale, chosen, tile_for(flat, weight, scale), Behind(activation))[:, 0]
     if chosen is not None:
         y = ops.by_expert(x, weight.shape[1], chosen, lambda rows, e: linear(rows, weight[e], None if scale is None
                                                                              else scale[e]))
     else:
         y = F.linear(x, weight) if scale is None else ops.quantized_linear(x, weight, scale)
     return y if activation is None else fused.activate(activation, y)
+
+
+def fused_linear(x: Tensor, weight: Tensor, scale: Tensor | None, *behind) -> Tensor:
+    """As in ops/fused.py."""
+    if not takes(x, weight, scale, rows := x.numel() // x.shape[-1]):
+        return fused.fused_linear(x, weight, scale, *behind)
+    flat = x.reshape(1, rows, -1)
+    y = multiply(flat, weight, scale, None, tile_for(flat, weight, scale), Behind(*behind))
+    return y.view(-1, *x.shape[:-1], y.shape[-1])
 
 
 def linear16(x: Tensor, weight: Tensor, chosen: Tensor | None) -> Tensor:
@@ -265,6 +323,6 @@ def quantized_expert_linear(x: Tensor, weight: Tensor, scale: Tensor, chosen: Te
     return linear(x, weight, scale, chosen)
 
 
-for operator in (linear16, quantized_linear, quantized_expert_linear):
+for operator in (fused_linear, linear16, quantized_linear, quantized_expert_linear):
     ops.LIBRARY.impl(operator.__name__, operator, "CUDA")
 ops.LIBRARY.impl("gated_linear", linear, "CUDA")

@@ -1,5 +1,5 @@
-"""Steps that some device takes in another way, and in fewer or better kernels than the compiler finds: a matrix and the
-activation behind it, what is done to heads before attention, a Gated DeltaNet layer between its matrices, the choice of
+"""Steps that some device takes in another way, in fewer or better kernels than the compiler finds: a matrix and what is
+done to its products, what is done to heads before attention, a Gated DeltaNet layer between its matrices, the choice of
 the likeliest token. Elsewhere they are taken as the model has them, and the compiler fuses what it can.
 
 Glossary: B batch, S tokens in this call, H heads, E head_dim, K and V widths of keys and values, F feed-forward width.
@@ -40,6 +40,41 @@ def gated_linear(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor
 @torch.library.register_fake("readonce::gated_linear")
 def _(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None, activation: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[-2] // 2)
+
+
+LIBRARY.define("fused_linear(Tensor x, Tensor weight, Tensor? scale, str? activation, Tensor? rms_of, float eps, "
+               "Tensor? bias, Tensor? residual, Tensor? gain, float offset) -> Tensor")
+
+
+@torch.library.impl(LIBRARY, "fused_linear", "CompositeExplicitAutograd")
+def fused_linear(x: Tensor, weight: Tensor, scale: Tensor | None, activation: str | None, rms_of: Tensor | None,
+                 eps: float, bias: Tensor | None, residual: Tensor | None, gain: Tensor | None,
+                 offset: float) -> Tensor:
+    """x [..., in] times a matrix [out, in] transposed, and in this order: divided by the root mean square of `rms_of`
+    [..., in], plus a bias [out], activated (which leaves half), plus a residual -> [1, ..., out]. With a gain [out]
+    also that times (offset + gain) -> [2, ..., out].
+
+    So a norm is part of the matrices on both sides of it: its gain of the one that makes what is to be normalised, its
+    root mean square of the one that takes it. No model calls this; ops/cuda_fusion.py puts it into compiled steps.
+    """
+    y = linear(x, weight, scale).float()
+    if rms_of is not None:
+        y = y * torch.rsqrt(rms_of.float().square().mean(-1, keepdim=True) + eps)
+    if bias is not None:
+        y = y + bias.float()
+    if activation is not None:
+        y = activate(activation, y)
+    if residual is not None:
+        y = y + residual.float()
+    y = y.to(x.dtype)
+    return torch.stack([y] if gain is None else [y, (y.float() * (offset + gain.float())).to(x.dtype)])
+
+
+@torch.library.register_fake("readonce::fused_linear")
+def _(x: Tensor, weight: Tensor, scale: Tensor | None, activation: str | None, rms_of: Tensor | None, eps: float,
+      bias: Tensor | None, residual: Tensor | None, gain: Tensor | None, offset: float) -> Tensor:
+    outputs = weight.shape[-2] // (1 if activation is None else 2)
+    return x.new_empty(1 if gain is None else 2, *x.shape[:-1], outputs)
 
 
 # -- attention --------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm
 
+import compiler
 import device as machine
 from checkpoint import resolve_checkpoint
 from config import Quantization
@@ -82,13 +83,13 @@ class Ours:
     def compile(self, steps: Steps) -> dict:
         """Seconds until the decode step is compiled, and whether from the cache of an earlier run."""
         self.filled = False
-        machine.forget_compilations()
+        compiler.forget_compilations()
         start = time.perf_counter()
-        tokens = min(1 + machine.warm_up_calls(self.model.device), self.case.new_tokens)
+        tokens = min(1 + compiler.warm_up_calls(self.model.device), self.case.new_tokens)
         for _ in generate_rows(self.model, [[0, 0]] * self.case.batch, tokens, GREEDY, steps=steps):
             pass
         machine.synchronize(self.model.device)
-        return {"compile_s": time.perf_counter() - start, "compile_cache": machine.compile_cache_state()}
+        return {"compile_s": time.perf_counter() - start, "compile_cache": compiler.cache_state()}
 
 
 def ours(args: Namespace, model: Transformer, case: Case, facts: dict) -> Iterator[System]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import compiler
 import device as machine
 from checkpoint import resolve_checkpoint
 from decoding import Steps, blame, chunks, compiled_steps, generate_rows
@@ -364,7 +365,7 @@ def main(argv: list[str]) -> None:
     manager, names = find_tasks([name.strip() for name in args.tasks.split(",")], args.include_path)
     folder = resolve_checkpoint(str(args.checkpoint_path))
     model, tokenizer = load_model(folder, args.device, args.dtype, args.quantize)
-    missing = args.compile and machine.missing_for_compilation(model.device)
+    missing = args.compile and compiler.missing(model.device)
     if missing:
         print(f"note: --compile needs {missing}, not found here; running uncompiled, slower", file=sys.stderr)
     steps = compiled_steps(model.device) if args.compile and not missing else Steps()

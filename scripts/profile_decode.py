@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import compiler
 import device as machine
 from decoding import Steps, compiled_steps, generate
 from errors import Parser, UserError, run_command
@@ -123,7 +124,7 @@ def runnable_parts(model: Transformer, token: Tensor, position: Tensor, sampling
     graph of its own, as the whole step is one: launched one by one, kernels would wait for the host.
     """
     if compile:
-        machine.configure_compiler(model.device)
+        compiler.configure(model.device)
     ready = {part: torch.compile(part, fullgraph=True, dynamic=False) if compile else part
              for part in (embed, mix, feed, head, choose)}
     found = []
@@ -349,7 +350,7 @@ def main(argv: list[str]) -> None:
     check(args, prompt_length=1, steps=1)
     if args.trace and (args.trace.is_dir() or not args.trace.absolute().parent.is_dir()):
         raise UserError(f"--trace {args.trace}: no such folder, or it is one; a file is expected")
-    if not args.eager and (missing := machine.missing_for_compilation(machine.choose_device(args.device))):
+    if not args.eager and (missing := compiler.missing(machine.choose_device(args.device))):
         raise UserError(f"compiling needs {missing}, not found here; install that, or give --eager")
     how = dict(device=args.device, dtype=args.dtype, quantize=args.quantize)
     report(args, load_random(args.random_weights, **how) if args.random_weights else

@@ -22,6 +22,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import compiler
 import device as machine
 import prompts
 from batch import Batch, Request
@@ -309,7 +310,7 @@ def make_batch(args, model: Transformer, length: int) -> Batch:
 
     def warm(steps: Steps, size: int) -> None:
         batch = Batch(model, args.batch_size, length, varied, steps, block=block)
-        new = min(1 + machine.warm_up_calls(model.device), length - size)
+        new = min(1 + compiler.warm_up_calls(model.device), length - size)
         for asked in (Sampling(0, None), Sampling(0, None, frequency_penalty=1.0, logprobs=0)):
             batch.add(Request([0] * size, new, sampling=asked))
             for _ in batch.events():

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import compiler
 import device as machine
 from config import read_json
 from decoding import Steps, compiled_steps, decode, generate
@@ -174,7 +175,7 @@ def kernels(args: Namespace, folder: Path) -> Iterator[dict]:
 
 def jit_steps() -> Steps:
     """As PyTorch's users compile a step."""
-    machine.configure_compiler(torch.device("cpu"))
+    compiler.configure(torch.device("cpu"))
     return Steps(decode=torch.compile(decode, mode="reduce-overhead", fullgraph=True))
 
 
@@ -350,7 +351,7 @@ def parse(argv: list[str]) -> Namespace:
     check(args, prompt_length=1, new_tokens=2, repeats=1)
     if not peers.llama_shaped(config_of_shape(args.random_weights)):
         raise UserError(f"--random_weights {args.random_weights} is not of Llama's architecture; name one that is")
-    if missing := machine.missing_for_compilation(torch.device("cpu")):
+    if missing := compiler.missing(torch.device("cpu")):
         raise UserError(f"compiling needs {missing}, not found here; install that")
     args.threads = machine.choose_threads(args.threads)
     return args

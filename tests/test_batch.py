@@ -14,6 +14,7 @@ from tiny_models import FAMILIES
 from torch._dynamo.utils import counters
 
 import batch
+import compiler
 import decoding
 import device
 import generate as g
@@ -201,7 +202,7 @@ def test_compiled_steps_serve_every_row_and_prompt(folder):
     counters.clear()
     model, _ = g.load_model(folder.write(), "cpu", "fp32")
     requests, alone = ragged(model)
-    device.configure_compiler(model.device)
+    compiler.configure(model.device)
     prefill = torch.compile(decoding.prefill, fullgraph=True, dynamic=True, backend="eager")  # not built: seconds
     steps = g.Steps(prefill, g.compiled_steps(model.device).decode)
     for _ in range(2):

@@ -82,6 +82,17 @@ def multiply(outputs: int, inputs: int, group: int | None, rows: int, dtype: tor
     cuda_linear.linear(meta(rows, inputs, dtype=dtype), weight, scale, None, activation)
 
 
+def fused_multiply(outputs: int, inputs: int, group: int | None, rows: int, dtype: torch.dtype,
+                   activation: str | None, before: bool) -> None:
+    """As between two norms: behind the one before, or ahead of the one after with a residual."""
+    weight = meta(outputs, inputs // 2, dtype=torch.uint8) if group else meta(outputs, inputs, dtype=dtype)
+    scale = meta(outputs, inputs // group, dtype=FP16) if group else None
+    x = meta(1, rows, inputs, dtype=dtype)
+    beside = (None, meta(1, rows, outputs, dtype=dtype), meta(outputs, dtype=FP32))
+    cuda_linear.fused_linear(x, weight, scale, activation, x if before else None, 1e-5,
+                             *((None,) * 3 if before else beside), 0.0)
+
+
 def place(E: int, turned: int, dtype: torch.dtype) -> None:
     """32 queries and 8 keys that are normalised and turned."""
     cache = meta(1, 8, 4096, E, dtype=dtype)
@@ -171,6 +182,16 @@ def test_a_weight_costs_few_enough_instructions_for_the_memory_to_be_the_limit(r
     assert 1 < count < most, count
 
 
+@pytest.mark.parametrize(("group", "rows"), [(None, 1), (32, 1), (32, 16)])
+def test_what_is_done_to_products_takes_no_more_registers_than_there_are(recorded, tmp_path, group, rows):
+    for activation, before in (("silu", True), (None, True), (None, False)):
+        fused_multiply(4096, 4096, group, rows, BF16, activation, before)
+        for card in (80, 90):
+            compiled = recorded["few_rows"].compile(card)
+            assert compiled.metadata.shared <= SHARED[card] << 10, (card, compiled.metadata.shared)
+            assert spilled(compiled, tmp_path) <= 16, (card, activation, before)
+
+
 @pytest.mark.parametrize(("E", "turned", "dtype", "cards"), [(128, 128, BF16, (90, 80)), (96, 32, FP16, (75,))])
 def test_placing_heads_compiles(recorded, tmp_path, E, turned, dtype, cards):
     place(E, turned, dtype)
@@ -191,8 +212,8 @@ def test_a_step_of_the_delta_rule_compiles_within_the_registers_of_a_card(record
 GLOBAL = r"(ld\.global|st\.global|cp\.async\.c[ag]\.shared\.global|atom\.|red\.)"  # what touches memory; no prefetch
 
 
-@pytest.mark.parametrize("name", ["attend_split", "join_splits", "int4", "int8", "16 bits", "experts", "delta_head",
-                                  "place_head"])
+@pytest.mark.parametrize("name", ["attend_split", "join_splits", "int4", "int8", "16 bits", "experts", "fused",
+                                  "delta_head", "place_head"])
 def test_a_kernel_that_starts_early_waits_before_it_touches_what_others_wrote(recorded, name):
     if name == "delta_head":
         delta_step(32, 2, 128, 1, BF16)
@@ -200,6 +221,8 @@ def test_a_kernel_that_starts_early_waits_before_it_touches_what_others_wrote(re
         place(128, 128, BF16)
     elif name in recorded:
         attend(8, 4, 1, 128, BF16)
+    elif name == "fused":
+        fused_multiply(4096, 4096, None, 1, BF16, None, False)
     elif name == "experts":
         weight, scale = meta(8, 512, 256, dtype=torch.uint8), meta(8, 512, 16, dtype=FP16)
         cuda_linear.quantized_expert_linear(meta(2, 512, dtype=BF16), weight, scale, meta(2, dtype=torch.int64))
@@ -213,4 +236,4 @@ def test_a_kernel_that_starts_early_waits_before_it_touches_what_others_wrote(re
     code = re.sub(r"//.*", "", before[before.index(".entry"):])
     assert not re.search(GLOBAL, code) and re.search(GLOBAL, after)
     assert not re.search(r"\b(bra|ret|exit)\b", code), "a program could end without having waited"
-    assert ("prefetch.global.L2" in code) == (name in ("int4", "int8", "16 bits")) and "prefetch" not in after
+    assert ("prefetch.global.L2" in code) == (name in ("int4", "int8", "16 bits", "fused")) and "prefetch" not in after

@@ -1,6 +1,7 @@
 """The Triton kernels compute what ops/reference.py computes. Without a GPU they run in Triton's interpreter on the CPU:
 that checks indexing, masks and arithmetic, not speed or races."""
 import functools
+import itertools
 import math
 import os
 import random
@@ -207,18 +208,54 @@ def check_linear(linear, dtype: torch.dtype, groups: tuple[int | None, ...] = (N
                          (group, x.shape, chosen))
 
 
+def check_fused_linear(fused_linear, dtype: torch.dtype, groups: tuple[int | None, ...] = (None, 0, 32, 128)) -> None:
+    """As `fused.fused_linear` says, in float64: what is done to products, each alone and together."""
+    for group, activation, (squared, biased, added, gained) in itertools.product(
+            groups, (None, "silu"), ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 1, 1), (1, 1, 1, 1))):
+        rows, outputs = random.choice((1, 1, 2, 5, 16)), 2 * random.randint(1, 40)
+        inputs = group * random.randint(1, 12) if group else random.randint(1, 700)
+        weight, scale = matrix(outputs, inputs, group, dtype)
+        wide = (weight if group is None else ops.dequantize(weight, scale)).double()
+        x = torch.randn(1, rows, inputs)
+        x = before_nan((x * (2 / (x.double() @ wide.T).abs().amax())).to(dtype))
+        width = outputs // 2 if activation else outputs
+        rms_of, bias, residual, gain = (
+            before_nan(torch.randn(shape).to(kind)) if there else None for there, shape, kind in (
+                (squared, x.shape, dtype), (biased, (outputs,), dtype), (added, (1, rows, width), dtype),
+                (gained, (width,), torch.float32)))
+        y = x.double() @ wide.T
+        if squared:
+            y *= torch.rsqrt(rms_of.double().square().mean(-1, keepdim=True) + 0.1)
+        y = y + bias.double() if biased else y
+        y = fused.activate(activation, y) if activation else y
+        y = y + residual.double() if added else y
+        got = fused_linear(x, weight, scale, activation, rms_of, 0.1, bias, residual, gain, 0.5)
+        what = (group, activation, squared, biased, added, gained, x.shape, weight.shape)
+        assert got.dtype == dtype and got.shape == (1 + gained, 1, rows, width), what
+        eps = torch.finfo(dtype).eps
+        assert ((got[0].double() - y).abs() <= 2 ** -18 + eps * y.abs()).all(), what
+        if gained:
+            truth = got[0].double() * (0.5 + gain.double())
+            assert ((got[1].double() - truth).abs() <= 2 ** -20 + eps * truth.abs()).all(), what
+
+
 def test_the_kernel_for_few_rows_is_exact_to_rounding_and_reads_nothing_past_its_operands():
     pytest.importorskip("triton")
     assert_equal_in_the_interpreter(f"""if True:
         import sys
         sys.path.insert(0, {str(ROOT / "tests")!r})
         import torch
-        from test_cuda_ops import check_linear
+        from test_cuda_ops import check_fused_linear, check_linear
         from ops import cuda_linear
         for dtype in (torch.float32, torch.float16):  # the interpreter cannot multiply bfloat16
             check_linear(cuda_linear.linear, dtype)
+            check_fused_linear(cuda_linear.fused_linear, dtype)
         print("equal")
     """)
+
+
+def test_a_fused_product_without_a_kernel_is_the_same():
+    check_fused_linear(torch.ops.readonce.fused_linear, torch.float32)
 
 
 def test_a_gated_product_without_a_kernel_is_the_products_activation():

@@ -14,6 +14,7 @@ from conftest import DEMO, ROOT
 from torch._dynamo.utils import counters
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+import compiler
 import decoding
 import device
 import generate as g
@@ -82,7 +83,7 @@ def test_prompts_of_every_family_meet_few_graphs(name, prefills, tmp_path, monke
     model = tiny_models.load(tmp_path)
     object.__setattr__(model.config, "max_seq_len", 1024)
     model.setup_caches(1, 1024)
-    device.configure_compiler(model.device)
+    compiler.configure(model.device)
     steps = g.Steps(torch.compile(decoding.prefill, fullgraph=True, dynamic=True, backend="eager"),  # not built
                     torch.compile(decoding.decode, fullgraph=True, backend="eager"))
     ids = torch.randint(128, (1000,)).tolist()
@@ -134,7 +135,7 @@ def test_many_settings_do_not_exhaust_the_compiler(folder):
     """Each top_k is a graph: more of them than torch's own limit of recompilations."""
     torch._dynamo.reset()
     model, _ = g.load_model(folder.write(), "cpu")
-    device.configure_compiler(model.device)
+    compiler.configure(model.device)
     steps = g.Steps(decode=torch.compile(decoding.decode, fullgraph=True, backend="eager"))  # not built: seconds
     for k in range(1, 13):
         assert len(list(g.generate(model, [1, 2], 3, g.Sampling(1.0, k), steps=steps))) == 3

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-RANKS = [["errors"], ["collectives", "config", "device", "pace"], ["ops", "aot"], ["sampling"], ["speculative"],
-         ["families", "tokenizer", "rounding", "checkpoint"], ["loader", "layers", "packed"],
+RANKS = [["errors"], ["collectives", "config", "device", "pace"], ["ops"], ["compiler"], ["aot"], ["sampling"],
+         ["speculative"], ["families", "tokenizer", "rounding", "checkpoint"], ["loader", "layers", "packed"],
          ["linear_attention", "kv_cache"], ["model"], ["tp"], ["metrics", "calibration", "decoding"],
          ["chat", "quantize", "batch"], ["drafts", "prompts"], ["generate"], ["scripts"]]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

@@ -16,7 +16,7 @@ from tiny_models import BASE, FAMILIES
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import device as machine
+import compiler
 import ops
 import ops.mps
 from config import ModelConfig, Quantization
@@ -38,7 +38,7 @@ def settings():
     """The compiler's settings for such a device, for no other test; and one thread, as the models are tiny."""
     inductor, threads = torch._inductor.config, torch.get_num_threads()
     before = inductor.get_config_copy()
-    machine.configure_compiler(MPS)
+    compiler.configure(MPS)
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

@@ -192,6 +192,6 @@ def test_bad_options_are_one_line(options, words, command):
 
 
 def test_without_a_compiler_the_way_out_is_said(command, monkeypatch):
-    monkeypatch.setattr(p.machine, "missing_for_compilation", lambda _: "a C++ compiler (g++)")
+    monkeypatch.setattr(p.compiler, "missing", lambda _: "a C++ compiler (g++)")
     code, out, err = command(p.main)
     assert code == 2 and not out and "C++ compiler" in err and "--eager" in err and err.count("\n") == 1
