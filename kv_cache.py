@@ -54,6 +54,8 @@ class KVCache(nn.Module):
         for name, (size, kind) in kinds.items():
             self.register_buffer(name, torch.zeros(size, dtype=kind, device=device), persistent=False)
         self.held = tuple(kinds)
+        counters = torch.zeros(batch, config.n_heads, dtype=torch.int32, device=device)  # of kernels; zero between them
+        self.register_buffer("arrived", counters, persistent=False)
         self.register_buffer("rows", torch.arange(batch, device=device)[:, None], persistent=False)
 
     @staticmethod

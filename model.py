@@ -62,20 +62,21 @@ class Attention(nn.Module):
         return Call(where, angles.cos() * self.config.rope.scale, angles.sin() * self.config.rope.scale)
 
     def forward(self, x: Tensor, call: Call) -> Tensor:  # x [B, S, D]
-        qkv, c = self.wqkv(x).unflatten(-1, (-1, self.config.head_dim)), self.config  # [B, S, H + 2K, E]
-        if fused.places_heads(qkv, call.where, self.cache.k):
-            rope = (self.frequencies, c.rope.scale) if c.rope else (None, 1.0)
-            weights = (self.q_norm.weight, self.k_norm.weight) if c.qk_norm else (None, None)
-            q = torch.ops.readonce.place_heads(qkv, call.where.positions, *rope, *weights, self.norm_eps,
-                                               self.q_norm.offset if c.qk_norm else 0.0, c.v_norm, c.n_heads, c.gated,
-                                               self.cache.k, self.cache.v)
-            k, v, scales = self.cache.k, self.cache.v, []
-        else:
-            q, k, v, *scales = self.place(qkv, call)
-        y = ops.attention(q, k, v, call.where, c.scale, self.sinks, *scales)  # [B, S, H, E]
-        if c.gated:
-            y = y * qkv[:, :, 1:2 * c.n_heads:2].sigmoid()
-        return self.wo(y.flatten(-2))
+        qkv = self.wqkv(x).unflatten(-1, (-1, self.config.head_dim))  # [B, S, H + 2K, E]
+        return self.wo(self.between(qkv, call).flatten(-2))
+
+    def between(self, qkv: Tensor, call: Call) -> Tensor:
+        """What the heads of all tokens find, [B, S, H, E]; the cache takes in their keys and values."""
+        c, cache, where = self.config, self.cache, call.where
+        if fused.attends_heads(qkv, where, cache.k):
+            norms = (self.q_norm.weight, self.k_norm.weight) if c.qk_norm else (None, None)
+            offset, scale = self.q_norm.offset if c.qk_norm else 0.0, c.head_dim ** -0.5 if c.scale is None else c.scale
+            return torch.ops.readonce.attend_heads(
+                qkv, where.positions, call.cos, call.sin, *norms, self.norm_eps, offset, c.v_norm, c.n_heads, c.gated,
+                scale, where.window or 0, self.sinks, cache.k, cache.v, cache.arrived)
+        q, k, v, *scales = self.place(qkv, call)
+        y = ops.attention(q, k, v, where, c.scale, self.sinks, *scales)
+        return y * qkv[:, :, 1:2 * c.n_heads:2].sigmoid() if c.gated else y
 
     def place(self, qkv: Tensor, call: Call) -> list[Tensor]:
         """q [B, S, H, E] normalised and turned, and the keys and values to look at, the new ones put among them."""

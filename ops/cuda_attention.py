@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops import LIBRARY
+from ops import FEW, LIBRARY
 from ops.cuda_pdl import await_inputs, launch_options
 
-SPLITS = 32  # programs that share one kv head's cache: enough to fill a card at batch 1
+PROGRAMS = 256  # that are enough to fill a card
+SPLITS = 32  # programs that share one kv head's cache, at most
 MOST_ROWS = 64  # query rows of a program; for more, others read the same keys again, from the L2 cache
 TILE_BYTES = 1 << 14  # of keys in a step, and of values: three steps in flight fit the smallest shared memory, 99 KB
 
@@ -22,7 +23,89 @@ def tile(rows: int, head_dim: int, itemsize: int) -> dict[str, int]:
     cols = triton.next_power_of_2(head_dim)
     block = max(16, min(64, TILE_BYTES // (cols * itemsize)))
     return {"COLS": cols, "ROWS": min(MOST_ROWS, max(16, triton.next_power_of_2(rows))), "BLOCK": block,
-            "num_stages": 2 if block * cols * itemsize > TILE_BYTES else 3}
+            "num_stages": 2 if block * cols * itemsize > TILE_BYTES else 3, "num_warps": 8 if cols > 256 else 4}
+
+
+@triton.jit
+def heads_of(x, start, real, token, weight, cos, sin, eps, offset, E: tl.constexpr, COLS: tl.constexpr,
+             TURNED: tl.constexpr):
+    """Heads that begin at x + start [ROWS], where `real`, of some tokens [ROWS]: normalised if there is a weight, and
+    their first TURNED numbers turned, each pair by its angle at cos, sin [tokens, TURNED / 2]. float32 [ROWS, COLS]"""
+    HALF: tl.constexpr = TURNED // 2
+    col = tl.arange(0, COLS)
+    y = tl.load(x + start[:, None] + col[None, :], mask=real[:, None] & (col < E)[None, :], other=0.0).to(tl.float32)
+    if TURNED:
+        other = tl.where(col < HALF, col + HALF, col - HALF)
+        mine = real[:, None] & (col < TURNED)[None, :]
+        pair = tl.load(x + start[:, None] + other[None, :], mask=mine, other=0.0).to(tl.float32)
+        angle = token[:, None] * HALF + (col % HALF)[None, :]
+        c, s = tl.load(cos + angle, mask=mine, other=1.0), tl.load(sin + angle, mask=mine, other=0.0)
+    if weight is not None:
+        rate = tl.rsqrt(tl.sum(y * y, 1) / E + eps)[:, None]
+        y *= rate * (offset + tl.load(weight + col, mask=col < E, other=0.0).to(tl.float32))[None, :]
+        if TURNED:
+            pair *= rate * (offset + tl.load(weight + other, mask=col < TURNED, other=0.0).to(tl.float32))[None, :]
+    if TURNED:
+        y = y * c + tl.where(col < HALF, -1.0, 1.0)[None, :] * pair * s
+    return y
+
+
+@triton.jit
+def new_heads(qkv, start, further, real, token, weight, cos, sin, eps, offset, E: tl.constexpr, COLS: tl.constexpr,
+              TURNED: tl.constexpr, V_NORM: tl.constexpr):
+    """Keys and values of some tokens as caches keep them; the values begin so much further on."""
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    keys = heads_of(qkv, start, real, token, weight, cos, sin, eps, offset, E, COLS, TURNED)
+    values = heads_of(qkv, start + further, real, token, None, None, None, eps, offset, E, COLS, 0)
+    if V_NORM:
+        values *= tl.rsqrt(tl.sum(values * values, 1) / E + eps)[:, None]
+    return keys.to(dtype), values.to(dtype)
+
+
+@triton.jit
+def absorb(scores, values, largest, total, acc, scale_of_value=None):
+    """One block of online softmax (Dao et al. 2022, arXiv 2205.14135): scores [ROWS, BLOCK], -inf where nothing is
+    seen, of values [BLOCK, COLS] -> the largest score of each row, the sum of exponentials, that of the values."""
+    higher = tl.maximum(largest, tl.max(scores, 1))
+    safe = tl.where(higher == float("-inf"), 0.0, higher)  # a row that sees nothing of this block
+    p, keep = tl.exp(scores - safe[:, None]), tl.exp(largest - safe)
+    total = total * keep + tl.sum(p, 1)
+    if scale_of_value is not None:
+        p *= scale_of_value[None, :]
+    acc = acc * keep[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
+    return higher, total, acc
+
+
+@triton.jit
+def in_slots(queries, position, k, v, k_scale, v_scale, base, scales, begin, end, newest, before, scale, window, size,
+             largest, total, acc, E: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """Absorb the keys and values of positions below `before` in the slots from `begin` to `end`. Position p lives in
+    slot p % size; of int8 ones k_scale and v_scale + scales hold what they are to be multiplied by."""
+    col = tl.arange(0, COLS)
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        held = newest - (newest - at) % size  # the position in each slot
+        there = (at < end) & (held < before)
+        inside = there[:, None] & (col < E)[None, :]
+        address = base + at[:, None].to(tl.int64) * E + col[None, :]
+        keys = tl.load(k + address, mask=inside, other=0).to(queries.dtype)  # [BLOCK, COLS]; of int8 exactly
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        factor = None
+        if k_scale is not None:
+            scores *= tl.load(k_scale + scales + at, mask=there, other=0.0)[None, :]
+            factor = tl.load(v_scale + scales + at, mask=there, other=0.0)
+        seen = (held[None, :] <= position[:, None]) & (held[None, :] > position[:, None] - window) & there[None, :]
+        values = tl.load(v + address, mask=inside, other=0).to(queries.dtype)
+        largest, total, acc = absorb(tl.where(seen, scores, float("-inf")), values, largest, total, acc, factor)
+    return largest, total, acc
+
+
+@triton.jit
+def share_of(split, newest, size, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+    """The slots that a split reads, from and to, in whole blocks, and how many splits have any."""
+    filled = tl.minimum(newest + 1, size)
+    share = tl.cdiv(tl.cdiv(filled, BLOCK), SPLITS) * BLOCK
+    return split * share, tl.minimum((split + 1) * share, filled), tl.cdiv(filled, share)
 
 
 @triton.jit
@@ -30,11 +113,11 @@ def attend_split(q, k, v, k_scale, v_scale, positions, partial, largest, total, 
                  kv_heads, rows,
                  S: tl.constexpr, E: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                  SPLITS: tl.constexpr, PDL: tl.constexpr):
-    """One split of one kv head's filled positions, by online softmax (Dao et al. 2022, arXiv 2205.14135).
+    """One split of one kv head's filled positions.
 
     q [B, K, rows, E], positions [B, S] and, of caches of int8, the scales [B, K, size] are dense, caches have strides;
-    row r belongs to token r % S; position p lives in slot p % size. Writes the unnormalised sum partial
-    [B, K, SPLITS, rows, E], the row maximum and the row sum of exponentials.
+    row r belongs to token r % S. Writes the unnormalised sum partial [B, K, SPLITS, rows, E], the row maximum and the
+    row sum of exponentials.
     """
     head, split = tl.program_id(0), tl.program_id(1)
     b = head // kv_heads
@@ -42,36 +125,13 @@ def attend_split(q, k, v, k_scale, v_scale, positions, partial, largest, total, 
     real, within = row < rows, (col < E)[None, :]
     await_inputs(PDL)
     queries = tl.load(q + (head * rows + row[:, None]) * E + col[None, :], mask=real[:, None] & within, other=0.0)
-    position = tl.load(positions + b * S + row % S)  # [ROWS]
-    newest = tl.load(positions + b * S + S - 1)
-    filled = tl.minimum(newest + 1, size)
-    share = tl.cdiv(tl.cdiv(filled, BLOCK), SPLITS) * BLOCK  # positions per split, whole blocks
+    position = tl.load(positions + b * S + row % S).to(tl.int32)  # [ROWS]; remainders of 64 bits are slow
+    newest = tl.load(positions + b * S + S - 1).to(tl.int32)
     base = b.to(tl.int64) * stride_b + (head % kv_heads).to(tl.int64) * stride_k  # caches may hold more than 2^31
-    m = tl.full((ROWS,), float("-inf"), tl.float32)
-    s = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, COLS), tl.float32)
-    for start in range(split * share, tl.minimum((split + 1) * share, filled), BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = (at < filled)[:, None] & within
-        held = newest - (newest - at) % size  # the position in each slot
-        address = base + at[:, None].to(tl.int64) * E + col[None, :]
-        keys = tl.load(k + address, mask=inside, other=0).to(queries.dtype)  # [BLOCK, COLS]; of int8 exactly
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-        if k_scale is not None:
-            scores *= tl.load(k_scale + head * size + at, mask=at < filled, other=0.0)[None, :]
-        seen = (held[None, :] <= position[:, None]) & (held[None, :] > position[:, None] - window)
-        seen = seen & (at < filled)[None, :]
-        scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(m, tl.max(scores, 1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)  # a row that sees nothing of this block
-        p = tl.exp(scores - safe[:, None])
-        keep = tl.exp(m - safe)
-        s = s * keep + tl.sum(p, 1)
-        if v_scale is not None:
-            p *= tl.load(v_scale + head * size + at, mask=at < filled, other=0.0)[None, :]
-        values = tl.load(v + address, mask=inside, other=0).to(queries.dtype)
-        acc = acc * keep[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
-        m = higher
+    begin, end, _ = share_of(split, newest, size, BLOCK, SPLITS)
+    m, s, acc = in_slots(queries, position, k, v, k_scale, v_scale, base, head * size, begin, end, newest, newest + 1,
+                         scale, window, size, tl.full((ROWS,), float("-inf"), tl.float32),
+                         tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, COLS), tl.float32), E, COLS, BLOCK)
     out = (head * SPLITS + split) * rows + row
     tl.store(partial + out[:, None] * E + col[None, :], acc, mask=real[:, None] & within)
     tl.store(largest + out, m, mask=real)
@@ -117,76 +177,132 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: 
     k_scale, v_scale = (None if t is None else t.contiguous() for t in (k_scale, v_scale))
     attend_split[(B * K, SPLITS, triton.cdiv(R, size["ROWS"]))](
         q, k, v, k_scale, v_scale, positions.contiguous(), partial, largest, total, scale, window or k.shape[2],
-        k.shape[2], k.stride(0), k.stride(1), K, R, S=positions.shape[1], E=E, SPLITS=SPLITS, **size, num_warps=4,
-        **options)
+        k.shape[2], k.stride(0), k.stride(1), K, R, S=positions.shape[1], E=E, SPLITS=SPLITS, **size, **options)
     join_splits[(B * K, R)](partial, largest, total, None if sinks is None else sinks.float().contiguous(), y, K, E=E,
                             COLS=size["COLS"], SPLITS=SPLITS, num_warps=4, **options)
     return y
 
 
 @triton.jit
-def row_of_two(first, second, at, in_first, in_second):
-    """What stands there in one of two vectors, float32; elsewhere 0."""
-    there = tl.load(first + at, mask=in_first, other=0.0) + tl.load(second + at, mask=in_second, other=0.0)
-    return there.to(tl.float32)
+def joined(partial, largest, total, first, splits, rows, row, E: tl.constexpr, COLS: tl.constexpr):
+    """What some splits have written of some rows, as one; other programs wrote it, so it is read past the L1 cache."""
+    m, s = tl.full(row.shape, float("-inf"), tl.float32), tl.zeros(row.shape, tl.float32)
+    acc = tl.zeros((row.shape[0], COLS), tl.float32)
+    real, col = row < rows, tl.arange(0, COLS)
+    for i in range(0, splits):
+        at = (first + i) * rows + row
+        its = tl.load(largest + at, mask=real, other=float("-inf"), cache_modifier=".cg")
+        part = tl.load(partial + at[:, None] * E + col[None, :], mask=real[:, None] & (col < E)[None, :], other=0.0,
+                       cache_modifier=".cg")
+        higher = tl.maximum(m, its)
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        keep, weight = tl.exp(m - safe), tl.exp(its - safe)
+        s = s * keep + tl.load(total + at, mask=real, other=0.0, cache_modifier=".cg") * weight
+        acc, m = acc * keep[:, None] + part * weight[:, None], higher
+    return m, s, acc
 
 
 @triton.jit
-def place_head(qkv, positions, frequencies, scale, q_norm, k_norm, q, k, v, eps, offset, heads, kv_heads, size,
-               stride_b, stride_k, S: tl.constexpr, E: tl.constexpr, COLS: tl.constexpr, TURNED: tl.constexpr,
-               GATED: tl.constexpr, SHARED: tl.constexpr, V_NORM: tl.constexpr, PDL: tl.constexpr):
-    """One head of one token: a query, a key or a value, by its number. It is normalised if there are weights, its first
-    TURNED numbers are turned, each pair by an angle of its own for each position, and it goes to q [B, S, H, E] or to
-    its slot of the caches. GATED: there is a gate behind each query. SHARED: values are what keys were before."""
-    j, token, col = tl.program_id(0), tl.program_id(1), tl.arange(0, COLS)
-    b, head, inside = token // S, (j - heads) % kv_heads, col < E
-    number = j + tl.zeros((COLS,), tl.int32)
-    is_q, is_v = number < heads, number >= heads + kv_heads
-    is_k = (number >= heads) & (number < heads + kv_heads)
-    other = tl.where(col < TURNED // 2, col + TURNED // 2, tl.where(col < TURNED, col - TURNED // 2, col))
-    queries = heads * (1 + GATED)
-    of = tl.where(j < heads, j * (1 + GATED), queries + (head if SHARED else j - heads))
-    start = qkv + (token * (queries + kv_heads * (1 if SHARED else 2)) + of) * E
+def come_together(m, s, acc, partial, largest, total, first, split, splits, rows, row, counter, E: tl.constexpr,
+                  COLS: tl.constexpr):
+    """Whether this split is the last to come, and what it then finishes: what all have found together."""
+    last = splits == 1
+    if splits > 1:
+        real, col, at = row < rows, tl.arange(0, COLS), (first + split) * rows + row
+        tl.store(partial + at[:, None] * E + col[None, :], acc, mask=real[:, None] & (col < E)[None, :])
+        tl.store(largest + at, m, mask=real)
+        tl.store(total + at, s, mask=real)
+        tl.debug_barrier()  # all threads have written before one says so
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
+        if last:
+            tl.store(counter, 0)
+            m, s, acc = joined(partial, largest, total, first, splits, rows, row, E, COLS)
+    return last, m, s, acc
+
+
+@triton.jit
+def attend_and_join(qkv, positions, cos, sin, q_norm, k_norm, sinks, k, v, arrived, partial, largest, total, y, scale,
+                    window, eps, offset, size, stride_b, stride_k, kv_heads, rows,
+                    S: tl.constexpr, E: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                    SPLITS: tl.constexpr, TURNED: tl.constexpr, GATED: tl.constexpr, SHARED: tl.constexpr,
+                    V_NORM: tl.constexpr, PDL: tl.constexpr):
+    """All between the matrix for q, k and v and that behind attention, for one split of one kv head.
+
+    Each split makes its queries of qkv [B, S, heads, E] itself. The first one makes the new keys and values, too, looks
+    at them, and puts them into the caches [B, K, size, E], where no other split reads them: all that these need of one
+    another is who comes last, and joins what all have written. For that they count in `arrived` [B * K, blocks of
+    rows], which is zero before and after. GATED: there is a gate behind each query. SHARED: values are what keys were
+    before.
+    """
+    head, split = tl.program_id(0), tl.program_id(1)
+    b, own = head // kv_heads, head % kv_heads
+    row, col = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
+    real, inside = row < rows, (row < rows)[:, None] & (col < E)[None, :]
+    heads = rows // S * kv_heads
+    queries, width = heads * (1 + GATED), heads * (1 + GATED) + kv_heads * (1 if SHARED else 2)
     await_inputs(PDL)
-    x = tl.load(start + col, mask=inside, other=0.0).to(tl.float32)
-    pair = tl.load(start + other, mask=inside, other=0.0).to(tl.float32)
-    rate = tl.rsqrt(tl.sum(x * x, 0) / E + eps)
-    if q_norm is not None:
-        weight = offset + row_of_two(q_norm, k_norm, col, inside & is_q, inside & is_k)
-        x *= tl.where(is_v, 1.0, rate * weight)
-        pair *= rate * (offset + row_of_two(q_norm, k_norm, other, inside & is_q, inside & is_k))
-    if V_NORM:
-        x *= tl.where(is_v, rate, 1.0)
-    position = tl.load(positions + token)
-    if TURNED:
-        angle = position.to(tl.float32) * tl.load(frequencies + col % (TURNED // 2))
-        side = tl.where(col < TURNED // 2, -1.0, 1.0) * pair
-        x = tl.where((col < TURNED) & (is_q | is_k), (x * tl.cos(angle) + side * tl.sin(angle)) * scale, x)
-    slot = b.to(tl.int64) * stride_b + head.to(tl.int64) * stride_k + position % size * E + col
-    y = x.to(q.dtype.element_ty)
-    tl.store(q + (token * heads + j) * E + col, y, mask=inside & is_q)
-    tl.store(k + slot, y, mask=inside & is_k)
-    tl.store(v + slot, y, mask=inside & is_v)
+    newest = tl.load(positions + b * S + S - 1).to(tl.int32)  # remainders of 64 bits are slow
+    begin, end, splits = share_of(split, newest, size, BLOCK, SPLITS)
+    if split >= splits:
+        return
+    token, h = b * S + row % S, own * (rows // S) + row // S
+    start = (token * width + h * (1 + GATED)) * E
+    turned = heads_of(qkv, start, real, token, q_norm, cos, sin, eps, offset, E, COLS, TURNED).to(qkv.dtype.element_ty)
+    first = newest - S + 1
+    position = first + row % S
+    base = b.to(tl.int64) * stride_b + own.to(tl.int64) * stride_k  # caches may hold more than 2^31 numbers
+    m, s = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    if split == 0:
+        t = tl.arange(0, 16)
+        new, given = first + t, t < S
+        keys, values = new_heads(qkv, ((b * S + t) * width + queries + own) * E, 0 if SHARED else kv_heads * E, given,
+                                 b * S + t, k_norm, cos, sin, eps, offset, E, COLS, TURNED, V_NORM)
+        slot, there = base + (new % size)[:, None] * E + col[None, :], given[:, None] & (col < E)[None, :]
+        tl.store(k + slot, keys, mask=there), tl.store(v + slot, values, mask=there)
+        seen = (new[None, :] <= position[:, None]) & (new[None, :] > position[:, None] - window) & given[None, :]
+        scores = tl.dot(turned, tl.trans(keys), input_precision="ieee") * scale
+        m, s, acc = absorb(tl.where(seen, scores, float("-inf")), values, m, s, acc)
+    m, s, acc = in_slots(turned, position, k, v, None, None, base, 0, begin, end, newest, first, scale, window, size,
+                         m, s, acc, E, COLS, BLOCK)
+    last, m, s, acc = come_together(m, s, acc, partial, largest, total, head * SPLITS, split, splits, rows, row,
+                                    arrived + head * tl.num_programs(2) + tl.program_id(2), E, COLS)
+    if last:
+        if sinks is not None:
+            sink = tl.load(sinks + h, mask=real, other=0.0)
+            most = tl.maximum(m, sink)
+            acc, s = acc * tl.exp(m - most)[:, None], s * tl.exp(m - most) + tl.exp(sink - most)
+        result = acc / tl.where(real, s, 1.0)[:, None]
+        if GATED:
+            gate = tl.load(qkv + (start + E)[:, None] + col[None, :], mask=inside, other=0.0).to(tl.float32)
+            result *= tl.sigmoid(gate)
+        tl.store(y + (token * heads + h)[:, None] * E + col[None, :], result.to(y.dtype.element_ty), mask=inside)
 
 
-def place_heads(qkv: Tensor, positions: Tensor, frequencies: Tensor | None, scale: float, q_norm: Tensor | None,
-                k_norm: Tensor | None, eps: float, offset: float, v_norm: bool, heads: int, gated: bool, k: Tensor,
-                v: Tensor) -> Tensor:
-    """`Attention.place`: qkv [B, S, H + 2 K, E] at [B, S] -> q [B, S, H, E]; caches [B, K, L, E] are written.
-    frequencies [r / 2]: of the angles by which the first r numbers of a head are turned, and scaled."""
-    (B, S, total, E), (_, kv_heads, size, _) = qkv.shape, k.shape
-    queries = heads * (1 + gated)
+def attend_heads(qkv: Tensor, positions: Tensor, cos: Tensor | None, sin: Tensor | None, q_norm: Tensor | None,
+                 k_norm: Tensor | None, eps: float, offset: float, v_norm: bool, heads: int, gated: bool, scale: float,
+                 window: int, sinks: Tensor | None, k: Tensor, v: Tensor, arrived: Tensor) -> Tensor:
+    """`Attention.between` as ops/fused.py has it: qkv [B, S, H + 2 K, E] at positions [B, S] -> [B, S, H, E]; caches
+    [B, K, L, E] are written. `arrived`, zeros, has a number for each head of each row at least."""
+    (B, S, total, E), (_, K, size, _) = qkv.shape, k.shape
+    R, queries = heads // K * S, heads * (1 + gated)
     assert k.stride() == v.stride() and k.stride(2) == E and k.stride(3) == 1, (k.stride(), v.stride())
-    assert total in (queries + kv_heads, queries + 2 * kv_heads), (total, heads, kv_heads)
-    q = qkv.new_empty(B, S, heads, E)
-    frequencies, q_norm, k_norm = (None if t is None else t.contiguous() for t in (frequencies, q_norm, k_norm))
-    place_head[(heads + 2 * kv_heads, B * S)](
-        qkv.contiguous(), positions.contiguous(), frequencies, scale, q_norm, k_norm, q, k, v, eps, offset, heads,
-        kv_heads, size, k.stride(0), k.stride(1), S=S, E=E, COLS=triton.next_power_of_2(E),
-        TURNED=0 if frequencies is None else 2 * len(frequencies), GATED=gated, SHARED=total == queries + kv_heads,
-        V_NORM=v_norm, num_warps=1, **launch_options(qkv))
-    return q
+    assert total in (queries + K, queries + 2 * K) and S <= FEW, (total, heads, K, S)
+    size_of, splits = tile(R, E, qkv.itemsize), max(1, min(SPLITS, PROGRAMS // (B * K)))
+    blocks = triton.cdiv(R, size_of["ROWS"])
+    assert arrived.numel() >= B * K * blocks and arrived.is_contiguous()
+    partial = torch.empty(B, K, splits, R, E, dtype=torch.float32, device=qkv.device)
+    largest, sums = torch.empty(2, B, K, splits, R, dtype=torch.float32, device=qkv.device)
+    y = qkv.new_empty(B, S, heads, E)
+    qkv, positions, cos, sin, q_norm, k_norm, sinks = (
+        None if t is None else t.contiguous() for t in (qkv, positions, cos, sin, q_norm, k_norm, sinks))
+    attend_and_join[(B * K, splits, blocks)](
+        qkv, positions, cos, sin, q_norm, k_norm, sinks, k, v, arrived, partial, largest, sums, y, scale,
+        window or size, eps, offset, size, k.stride(0), k.stride(1), K, R, S=S, E=E, SPLITS=splits,
+        TURNED=0 if cos is None else 2 * cos.shape[-1], GATED=gated, SHARED=total == queries + K, V_NORM=v_norm,
+        **size_of, **launch_options(qkv))
+    return y
 
 
 LIBRARY.impl("decode_attention", decode_attention, "CUDA")
-LIBRARY.impl("place_heads", place_heads, "CUDA")
+LIBRARY.impl("attend_heads", attend_heads, "CUDA")

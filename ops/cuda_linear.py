@@ -231,7 +231,8 @@ def few_rows(x, weight, scale, chosen, rms_of, bias, residual, gain, y, rows, ou
     sums = tl.sum(tl.reshape(tl.sum(total, 0), (OUT, M, G)), 2)
     if scale is not None and GROUP == 0:
         sums *= tl.load(scale + row, mask=real, other=0.0)[:, None]
-    store_products(sums, row, real, rms_of, bias, residual, gain, y, n, rows, outputs, eps, offset, IN, ACTIVATION, ROWS)
+    store_products(sums, row, real, rms_of, bias, residual, gain, y, n, rows, outputs, eps, offset, IN, ACTIVATION,
+                   ROWS)
 
 
 def tile_for(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tile:

@@ -1,6 +1,6 @@
 """Steps that some device takes in another way, in fewer or better kernels than the compiler finds: a matrix and what is
-done to its products, what is done to heads before attention, a Gated DeltaNet layer between its matrices, the choice of
-the likeliest token. Elsewhere they are taken as the model has them, and the compiler fuses what it can.
+done to its products, all of attention or of a Gated DeltaNet layer between its matrices, the choice of the likeliest
+token. Elsewhere they are taken as the model has them, and the compiler fuses what it can.
 
 Glossary: B batch, S tokens in this call, H heads, E head_dim, K and V widths of keys and values, F feed-forward width.
 """
@@ -79,23 +79,22 @@ def _(x: Tensor, weight: Tensor, scale: Tensor | None, activation: str | None, r
 
 # -- attention --------------------------------------------------------------------------------------------------------
 
-LIBRARY.define("place_heads(Tensor qkv, Tensor positions, Tensor? frequencies, float scale, Tensor? q_norm, "
-               "Tensor? k_norm, float eps, float offset, bool v_norm, int heads, bool gated, Tensor(a!) k, "
-               "Tensor(b!) v) -> Tensor")
+LIBRARY.define("attend_heads(Tensor qkv, Tensor positions, Tensor? cos, Tensor? sin, Tensor? q_norm, Tensor? k_norm, "
+               "float eps, float offset, bool v_norm, int heads, bool gated, float scale, int window, Tensor? sinks, "
+               "Tensor(a!) k, Tensor(b!) v, Tensor(c!) arrived) -> Tensor")
 
 
-def places_heads(qkv: Tensor, where: Attended, cache: Tensor) -> bool:
-    """Whether `torch.ops.readonce.place_heads` takes what came out of the matrix for q, k and v: all between that and
-    attention for a few tokens, whose keys and values are kept as they are. Returns q [B, S, H, E] as
-    `Attention.place` does."""
-    there = qkv.device.type == "cuda" and loaded("place_heads", "cuda")
+def attends_heads(qkv: Tensor, where: Attended, cache: Tensor) -> bool:
+    """Whether `torch.ops.readonce.attend_heads` takes what came out of the matrix for q, k and v: for a few tokens,
+    whose keys and values are kept as they are. It does what `Attention.between` does."""
+    there = qkv.device.type == "cuda" and loaded("attend_heads", "cuda")
     return there and where.span is None and cache.dtype == qkv.dtype
 
 
-@torch.library.register_fake("readonce::place_heads")
-def _(qkv: Tensor, positions: Tensor, frequencies: Tensor | None, scale: float, q_norm: Tensor | None,
-      k_norm: Tensor | None, eps: float, offset: float, v_norm: bool, heads: int, gated: bool, k: Tensor,
-      v: Tensor) -> Tensor:
+@torch.library.register_fake("readonce::attend_heads")
+def _(qkv: Tensor, positions: Tensor, cos: Tensor | None, sin: Tensor | None, q_norm: Tensor | None,
+      k_norm: Tensor | None, eps: float, offset: float, v_norm: bool, heads: int, gated: bool, scale: float,
+      window: int, sinks: Tensor | None, k: Tensor, v: Tensor, arrived: Tensor) -> Tensor:
     return qkv.new_empty(*qkv.shape[:2], heads, qkv.shape[3])
 
 

@@ -15,9 +15,10 @@ import sys
 import pytest
 import torch
 from conftest import DEMO, ROOT
-from test_cuda_ops import CASES, check_linear, folded, inputs
-from tiny_models import FAMILIES, load, reference_model, run
+from test_cuda_ops import CASES, check_attend_heads, check_fused_linear, check_linear, folded, inputs
+from tiny_models import FAMILIES, each, exact_twin, load, reference_model, run
 
+import compiler
 import device as machine
 import generate as g
 import ops
@@ -87,6 +88,20 @@ def test_matrices_are_multiplied_to_rounding(device, dtype):
     check_linear(linear, dtype, (None, 0, 32, 64, 128) if ours and dtype != torch.float32 else (0, 32, 64, 128), ours)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.float16, 1e-2), (torch.bfloat16, 8e-2)])
+def test_the_steps_between_products_are_the_models(device, dtype, bound):
+    if device != "cuda":
+        pytest.skip("kernels of CUDA only")
+    for _ in range(5):  # splits come in any order
+        check_attend_heads(torch.ops.readonce.attend_heads, dtype, bound, device)
+
+    def fused_linear(*given):
+        there = (t.to(device) if isinstance(t, torch.Tensor) else t for t in given)
+        return torch.ops.readonce.fused_linear(*there).cpu()
+    check_fused_linear(fused_linear, dtype, (None, 0, 32, 128) if dtype != torch.float32 else (0, 32, 128))
+
+
 @pytest.mark.parametrize("rows", [1, 7, 65])
 def test_each_row_goes_through_its_expert(device, rows):
     x, weight, chosen = torch.randn(rows, 64), torch.randn(5, 48, 64), torch.randint(5, (rows,))
@@ -124,6 +139,17 @@ def test_compiled_tokens_are_the_eager_ones(name, tmp_path, device):
     drawn = g.Sampling(temperature=0.8, top_k=20)
     assert list(generate(model, prompt, 40, drawn, seed=7, steps=steps)) == \
         list(generate(model, prompt, 40, drawn, seed=7))
+
+
+@pytest.mark.parametrize("name", ["Llama 3.2", "Gemma 3", "Qwen3.5", "Qwen2.5"])
+def test_a_compiled_step_rounds_no_more_than_the_eager_one(name, tmp_path, device):
+    """In bfloat16 it is made of other kernels, which put other things together."""
+    reference_model(name).save_pretrained(tmp_path)
+    model = load(tmp_path, torch.bfloat16, device)
+    compiler.configure(model.device)
+    step, ids = torch.compile(model, fullgraph=True, dynamic=False), torch.randint(128, (1, 60))
+    truth, plain, got = (each(m, ids) for m in (exact_twin(tmp_path, model), model, step))
+    assert (got - truth).abs().median() < 1.5 * (plain - truth).abs().median()
 
 
 # -- the demo ---------------------------------------------------------------------------------------------------------

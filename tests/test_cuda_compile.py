@@ -15,8 +15,8 @@ from triton.compiler import ASTSource  # noqa: E402
 from ops import cuda_attention, cuda_delta, cuda_linear  # noqa: E402
 
 SHARED = {75: 64, 80: 163, 89: 99, 90: 227, 100: 227}  # KB a program may have (CUDA C++ Programming Guide, table 30)
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int8: "i8",
-         torch.uint8: "u8"}
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
+         torch.int8: "i8", torch.uint8: "u8"}
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -56,7 +56,7 @@ def recorded(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_linear, "understands", lambda device, dtype: dtype != FP32)
     found = {}
     for room, name in ((cuda_attention, "attend_split"), (cuda_attention, "join_splits"),
-                       (cuda_attention, "place_head"), (cuda_linear, "few_rows"), (cuda_delta, "delta_head")):
+                       (cuda_attention, "attend_and_join"), (cuda_linear, "few_rows"), (cuda_delta, "delta_head")):
         found[name] = Recorder(getattr(room, name))
         monkeypatch.setattr(room, name, found[name])
     return found
@@ -93,12 +93,13 @@ def fused_multiply(outputs: int, inputs: int, group: int | None, rows: int, dtyp
                              *((None,) * 3 if before else beside), 0.0)
 
 
-def place(E: int, turned: int, dtype: torch.dtype) -> None:
-    """32 queries and 8 keys that are normalised and turned."""
-    cache = meta(1, 8, 4096, E, dtype=dtype)
-    cuda_attention.place_heads(
-        meta(1, 1, 48, E, dtype=dtype), meta(1, 1, dtype=torch.int64), meta(turned // 2, dtype=FP32), 1.0,
-        meta(E, dtype=dtype), meta(E, dtype=dtype), 1e-6, 0.0, False, 32, False, cache, cache)
+def attend_heads(K: int, G: int, S: int, E: int, dtype: torch.dtype, gated: bool = True) -> None:
+    """With norms and rotation."""
+    cache, counters = meta(1, K, 4096, E, dtype=dtype), meta(1, K * G, dtype=torch.int32)
+    angles, norms = [meta(1, S, 1, E // 2, dtype=FP32)] * 2, [meta(E, dtype=FP32)] * 2
+    cuda_attention.attend_heads(
+        meta(1, S, (G + gated * G + 2) * K, E, dtype=dtype), meta(1, S, dtype=torch.int64), *angles, *norms, 1e-6, 0.0,
+        False, K * G, gated, 0.1, 0, None, cache, cache, counters)
 
 
 def delta_step(heads: int, sharing: int, width: int, S: int, dtype: torch.dtype) -> None:
@@ -131,11 +132,14 @@ ATTENTION = {  # K, G, S, head_dim, dtype and the cards, of which the first is t
 def test_attention_compiles_for_every_card_within_its_shared_memory(recorded, tmp_path, name, kv_dtype):
     *case, cards = ATTENTION[name]
     attend(*case, kv_dtype)
+    if kv_dtype is None:
+        attend_heads(*case)
     for card in cards:
-        for kernel in ("attend_split", "join_splits"):
+        for kernel in ("attend_split", "join_splits") if kv_dtype else ("attend_and_join",):
             compiled = recorded[kernel].compile(card)
             assert compiled.metadata.shared <= SHARED[card] << 10, (kernel, card, compiled.metadata.shared)
-            assert card != cards[0] or spilled(compiled, tmp_path) == 0, kernel
+            few = 32 if case[-1] != FP32 else 512  # bytes of a thread: outside of the loop
+            assert card != cards[0] or spilled(compiled, tmp_path) <= few, kernel
 
 
 @pytest.mark.parametrize(("group", "rows", "dtype", "cards"), [
@@ -192,13 +196,6 @@ def test_what_is_done_to_products_takes_no_more_registers_than_there_are(recorde
             assert spilled(compiled, tmp_path) <= 16, (card, activation, before)
 
 
-@pytest.mark.parametrize(("E", "turned", "dtype", "cards"), [(128, 128, BF16, (90, 80)), (96, 32, FP16, (75,))])
-def test_placing_heads_compiles(recorded, tmp_path, E, turned, dtype, cards):
-    place(E, turned, dtype)
-    for card in cards:
-        assert spilled(recorded["place_head"].compile(card), tmp_path) <= 64  # where the sine of large angles is made
-
-
 @pytest.mark.parametrize("S", [1, 5])
 def test_a_step_of_the_delta_rule_compiles_within_the_registers_of_a_card(recorded, tmp_path, S):
     """Qwen3.5-4B: 32 heads that share 16 keys, 128 wide."""
@@ -213,12 +210,12 @@ GLOBAL = r"(ld\.global|st\.global|cp\.async\.c[ag]\.shared\.global|atom\.|red\.)
 
 
 @pytest.mark.parametrize("name", ["attend_split", "join_splits", "int4", "int8", "16 bits", "experts", "fused",
-                                  "delta_head", "place_head"])
+                                  "delta_head", "attend_and_join"])
 def test_a_kernel_that_starts_early_waits_before_it_touches_what_others_wrote(recorded, name):
     if name == "delta_head":
         delta_step(32, 2, 128, 1, BF16)
-    elif name == "place_head":
-        place(128, 128, BF16)
+    elif name == "attend_and_join":
+        attend_heads(8, 4, 1, 128, BF16)
     elif name in recorded:
         attend(8, 4, 1, 128, BF16)
     elif name == "fused":
@@ -237,3 +234,16 @@ def test_a_kernel_that_starts_early_waits_before_it_touches_what_others_wrote(re
     assert not re.search(GLOBAL, code) and re.search(GLOBAL, after)
     assert not re.search(r"\b(bra|ret|exit)\b", code), "a program could end without having waited"
     assert ("prefetch.global.L2" in code) == (name in ("int4", "int8", "16 bits", "fused")) and "prefetch" not in after
+
+
+def test_a_split_says_that_it_has_come_once_all_its_threads_have_written(recorded):
+    """Stores, a barrier, and the count that releases them; who comes last acquires what others released, and reads it
+    where it cannot have an older copy (PTX ISA, Memory Consistency Model)."""
+    attend_heads(8, 4, 1, 128, BF16, gated=False)
+    code = re.sub(r"//.*", "", recorded["attend_and_join"].compile(90).asm["ptx"])
+    count, = re.findall(r"atom\.\S+", code)
+    assert count == "atom.global.gpu.acq_rel.add.u32"
+    before, behind = code.split(count)
+    assert "bar.sync" in before[before.rindex("st.global"):]
+    assert "bar.sync" in behind[:behind.index("ld.global")]
+    assert {*re.findall(r"ld\.global\S*", behind)} == {"ld.global.cg.b32", "ld.global.cg.v4.b32"}

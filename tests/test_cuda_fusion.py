@@ -2,16 +2,16 @@
 then the same to rounding. Its graphs run as they are, on a CPU, without the code the compiler would make of them."""
 import pytest
 import torch
-from tiny_models import load, reference_model
+from tiny_models import each, exact_twin, load, reference_model
 from torch import Tensor, fx
 
 pytest.importorskip("triton")
-from torch._dynamo.backends.common import aot_autograd  # noqa: E402
-from torch._functorch.aot_autograd import make_boxed_func  # noqa: E402
-from torch._inductor.decomposition import select_decomp_table  # noqa: E402
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.decomposition import select_decomp_table
 
-from model import Transformer  # noqa: E402
-from ops.cuda_fusion import FUSED, NAMES, Fusion  # noqa: E402
+from model import Transformer
+from ops.cuda_fusion import FUSED, NAMES, Fusion
 
 PARTS = ("rms_of", "bias", "residual", "gain")
 # name -> products of a row and one matrix, and how many of these have each of the parts. Behind experts, a sum of
@@ -37,21 +37,13 @@ def rewritten(model: Transformer) -> tuple[object, list[fx.Node]]:
     return torch.compile(model, backend=backend, fullgraph=True, dynamic=False), found
 
 
-@torch.no_grad()
-def logits(model: Transformer, ids: Tensor, at_once: int) -> Tensor:
-    return torch.cat([model(part, torch.arange(i * at_once, i * at_once + part.shape[1])[None])
-                      for i, part in enumerate(ids.split(at_once, 1))]).float()
-
-
 @pytest.mark.parametrize("name", FOUND)
 def test_a_step_is_the_same_with_norms_biases_and_residuals_in_its_matrices(name, tmp_path):
     reference_model(name).save_pretrained(tmp_path)
-    model, exact = load(tmp_path, torch.bfloat16), load(tmp_path, torch.float32)
-    for p, rounded in zip(exact.parameters(), model.parameters(), strict=True):
-        p.data.copy_(rounded)
+    model = load(tmp_path, torch.bfloat16)
     step, found = rewritten(model)
     ids = torch.randint(128, (1, 60))
-    truth, plain, got = (logits(m, ids, 1) for m in (exact, model, step))
+    truth, plain, got = (each(m, ids) for m in (exact_twin(tmp_path, model), model, step))
     parts = [sum(node.args[NAMES.index(part)] is not None for node in found) for part in PARTS]
     assert (len(found), *parts) == FOUND[name]
     rounding = 3 if model.config.experts else 1.5  # which may choose another expert
@@ -66,7 +58,7 @@ def test_few_tokens_at_once_are_rewritten_and_norms_only_where_they_cannot_overf
     model = load(tmp_path, dtype)
     step, found = rewritten(model)
     ids = torch.randint(128, (1, 3 * at_once))
-    plain, got = (logits(m, ids, at_once) for m in (model, step))
+    plain, got = (each(m, ids, at_once) for m in (model, step))
     parts = [sum(node.args[NAMES.index(part)] is not None for node in found) for part in PARTS]
     assert (len(found), *parts) == expected
     assert (got - plain).std() < (0.05 if dtype == torch.bfloat16 else 0.005) * plain.std()

@@ -84,44 +84,58 @@ def test_the_kernel_equals_the_reference_and_reads_no_empty_tail():
     assert_equal_in_the_interpreter(code)
 
 
-PLACES = [dict(), dict(qk_norm=True, gated=True), dict(qk_norm=True, window=12), dict(v_norm=True, qk_norm=True),
-          dict(keys_are_values=True, qk_norm=True, v_norm=True), dict(rope=None)]
+HEADS = [dict(), dict(qk_norm=True, gated=True), dict(qk_norm=True, window=70), dict(v_norm=True, qk_norm=True),
+         dict(keys_are_values=True, qk_norm=True, v_norm=True), dict(rope=None, scale=0.3), dict(sinks=True, window=30),
+         dict(n_kv_heads=1, gated=True)]
 
 
-def check_place_heads(place_heads, device: str = "cpu") -> None:
-    """Against the model's own steps, for one token and several, in rows at different positions."""
-    for number, more in enumerate(PLACES * 2):
-        E, S, turned = random.choice((16, 24, 64)), random.randint(1, 4), random.choice((8, 16))
+def check_attend_heads(attend_heads, dtype: torch.dtype, bound: float, device: str = "cpu") -> None:
+    """Against the model's own steps, for one token and several, in rows at different positions; at the start of a text,
+    where one program has all there is to read, and later, past a window. What was never written is NaN."""
+    for number, more in enumerate(HEADS * 2):
+        E, turned, S = random.choice((16, 24, 64)), random.choice((8, 16)), random.choice((1, 1, 2, 4, 16))
         rope = Rope(turned, scale=1.5 if number % 2 else 1.0)
         config = AttentionConfig(**{"n_heads": 6, "n_kv_heads": 2, "head_dim": E, "rope": rope, **more})
         norm = functools.partial(RMSNorm, eps=1e-5, offset=float(number % 2))
         attention = Attention(32, config, norm, 1e-5).requires_grad_(False)
-        for norm in (attention.q_norm, attention.k_norm):
-            [p.normal_() for p in norm.parameters()]
-        attention.setup_cache(2, 40, S - 1, torch.float32, torch.float32, torch.device("cpu"))
-        attention.cache.k.normal_(), attention.cache.v.normal_()
-        positions = torch.randint(0, 40 - S, (2, 1)) + torch.arange(S)
-        call, qkv = attention.prepare(positions), torch.randn(2, S, sum(attention.widths), E)
-        caches = [t.clone().to(device) for t in (attention.cache.k, attention.cache.v)]
-        truth, *_ = attention.place(qkv, call)
-        weights = [norm.weight if config.qk_norm else None for norm in (attention.q_norm, attention.k_norm)]
-        frequencies, scale = (attention.frequencies, config.rope.scale) if config.rope else (None, 1.0)
-        qkv, positions, frequencies, *weights = (None if t is None else t.to(device) for t in (
-            qkv, positions, frequencies, *weights))
-        q = place_heads(qkv, positions, frequencies, scale, *weights, 1e-5, float(number % 2), config.v_norm, 6,
-                        config.gated, *caches)
-        for got, want in zip((q, *caches), (truth, attention.cache.k, attention.cache.v), strict=True):
-            torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5, msg=f"{more}")
+        for p in (*attention.q_norm.parameters(), *attention.k_norm.parameters(), attention.sinks):
+            if p is not None:
+                p.normal_()
+        attention.setup_cache(2, 300, S - 1, torch.float32, torch.float32, torch.device("cpu"))
+        positions = torch.tensor([[random.randint(0, 60)], [random.randint(0, 300 - S)]]) + torch.arange(S)
+        cache = attention.cache
+        for b, first in enumerate(positions[:, 0].tolist()):
+            for t in (cache.k, cache.v):
+                t[b] = torch.randn(t[b].shape).to(dtype)
+                t[b, :, first:] = float("nan") if first < cache.size else t[b, :, first:]
+        qkv = torch.randn(2, S, sum(attention.widths), E).to(dtype)
+        call, caches = attention.prepare(positions), [t.to(device, dtype, copy=True) for t in (cache.k, cache.v)]
+        for t in (cache.k, cache.v):  # the plain form looks at all slots, and forgets most
+            t.nan_to_num_(0.0)
+        truth = attention.between(qkv.float(), call)
+        norms = [norm.weight if config.qk_norm else None for norm in (attention.q_norm, attention.k_norm)]
+        there = [None if t is None else t.to(device) for t in (
+            before_nan(qkv), positions, call.cos, call.sin, *norms, attention.sinks, cache.arrived)]
+        *before, sinks, arrived = there
+        got = attend_heads(*before, 1e-5, float(number % 2), config.v_norm, config.n_heads, config.gated,
+                           E ** -0.5 if config.scale is None else config.scale, cache.window or 0, sinks, *caches,
+                           arrived)
+        torch.testing.assert_close(got.float().cpu(), truth, rtol=bound, atol=bound, msg=f"{more} {S} {positions}")
+        for new, want in zip(caches, (cache.k, cache.v), strict=True):
+            torch.testing.assert_close(new.float().cpu().nan_to_num(0.0), want, rtol=bound, atol=bound, msg=f"{more}")
+        assert arrived.eq(0).all()
 
 
-def test_heads_are_placed_as_the_model_places_them():
+def test_attention_between_its_matrices_is_the_models():
     pytest.importorskip("triton")
     assert_equal_in_the_interpreter(f"""if True:
         import sys
         sys.path.insert(0, {str(ROOT / "tests")!r})
-        from test_cuda_ops import check_place_heads
-        from ops.cuda_attention import place_heads
-        check_place_heads(place_heads)
+        import torch
+        from test_cuda_ops import check_attend_heads
+        from ops.cuda_attention import attend_heads
+        check_attend_heads(attend_heads, torch.float32, 2e-5)
+        check_attend_heads(attend_heads, torch.float16, 1e-2)
         print("equal")
     """)
 

@@ -90,3 +90,20 @@ def run(model: Transformer, ids: torch.Tensor, *cuts: int, first: int = 0) -> to
     for start, end in zip((first, *cuts), (*cuts, ids.shape[1]), strict=True):
         logits = model(ids[:, start:end], torch.arange(start, end, device=ids.device).expand(len(ids), -1))
     return logits.cpu()
+
+
+@torch.no_grad()
+def each(model: Transformer, ids: torch.Tensor, at_once: int = 1) -> torch.Tensor:
+    """Logits [S / at_once, V] of the last token of each call, so many tokens at a time of ids [1, S]."""
+    ids = ids.to(model.device)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    calls = zip(ids.split(at_once, 1), positions.split(at_once, 1), strict=True)
+    return torch.cat([model(*call) for call in calls]).float().cpu()
+
+
+def exact_twin(folder: Path, model: Transformer) -> Transformer:
+    """The same numbers in float32."""
+    twin = load(folder)
+    for p, rounded in zip(twin.parameters(), model.parameters(), strict=True):
+        p.data.copy_(rounded)
+    return twin
