@@ -43,7 +43,7 @@ def _(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None, ac
 
 
 LIBRARY.define("fused_linear(Tensor x, Tensor weight, Tensor? scale, str? activation, Tensor? rms_of, float eps, "
-               "Tensor? bias, Tensor? residual, Tensor? gain, float offset) -> Tensor")
+               "Tensor? bias, Tensor? residual, Tensor? gain, float offset) -> Tensor", tags=torch.Tag.flexible_layout)
 
 
 @torch.library.impl(LIBRARY, "fused_linear", "CompositeExplicitAutograd")
@@ -81,7 +81,8 @@ def _(x: Tensor, weight: Tensor, scale: Tensor | None, activation: str | None, r
 
 LIBRARY.define("attend_heads(Tensor qkv, Tensor positions, Tensor? cos, Tensor? sin, Tensor? q_norm, Tensor? k_norm, "
                "float eps, float offset, bool v_norm, int heads, bool gated, float scale, int window, Tensor? sinks, "
-               "Tensor(a!) k, Tensor(b!) v, Tensor(c!) arrived) -> Tensor")
+               "Tensor(a!) k, Tensor(b!) v, Tensor(c!) arrived) -> Tensor",
+               tags=torch.Tag.flexible_layout)  # else the compiler computes cos and sin anew for each layer
 
 
 def attends_heads(qkv: Tensor, where: Attended, cache: Tensor) -> bool:

@@ -81,7 +81,7 @@ def launches(source: str) -> list[tuple[str, str]]:
 
 CASES = {  # kinds of layers, weights, and the kernels of a layer of each kind
     "Llama-3.1-8B": (("full",) * 3, None, {"full": 5}),
-    "Llama-3.2-1B": (("full",) * 3, "int8", {"full": 5}),
+    "Llama-3.2-1B": (("full",) * 12, "int8", {"full": 5}),
     "Qwen3.5-4B": (("linear", "linear", "full", "linear"), "int4", {"linear": 6, "full": 5}),
     "Gemma-3-4B": (("sliding", "full", "sliding"), "int4", {"sliding": 7, "full": 7})}
 REST = 5  # the embedding times the first gain, head, the likeliest in two, its position; and angles for each kind
