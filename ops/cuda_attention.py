@@ -1,4 +1,5 @@
-"""Triton kernels for attention on NVIDIA (and, untried, AMD) GPUs. Imported by `ops.bind` on such a machine only.
+"""Triton kernels for attention of a few tokens on NVIDIA (and, untried, AMD) GPUs: all that is between the matrices
+before and behind it in one, or for caches of int8 attention alone, in two. Imported by `ops.bind` on such a machine.
 
 Not yet run on a GPU: the arithmetic is tested on a CPU through Triton's interpreter, and that they compile for the
 cards we mean, within their shared memory, by Triton's compiler (tests/test_cuda_ops.py).
