@@ -126,8 +126,7 @@ class Experts(nn.Module):
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The weights and numbers of the experts for each token, both [B, S, A]."""
-        weights, chosen = self.router(x).float().softmax(-1).topk(self.config.n_active)
-        return weights / weights.sum(-1, keepdim=True) if self.config.norm_topk else weights, chosen
+        return fused.route(self.router(x).float(), self.config.n_active, self.config.norm_topk)
 
     def speak(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """What the chosen experts make of x [B, S, D], weighed and summed."""

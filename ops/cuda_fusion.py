@@ -108,7 +108,7 @@ def divide_behind(graph: fx.Graph, normed: fx.Node, gains: dict[fx.Node, tuple])
 def add_within(graph: fx.Graph, total: fx.Node, gains: dict[fx.Node, tuple]) -> None:
     """If this adds a bias or a residual to a product, the product's kernel adds it, and multiplies the sum by the gain
     of a norm that takes it."""
-    for product, other in (total.args, total.args[::-1]):
+    for product, other in () if total.kwargs else (total.args, total.args[::-1]):
         if name := part_of_kernel(product, other):
             break
     else:

@@ -1,6 +1,6 @@
 """Steps that some device takes in another way, in fewer or better kernels than the compiler finds: a matrix and what is
-done to its products, all of attention or of a Gated DeltaNet layer between its matrices, the choice of the likeliest
-token. Elsewhere they are taken as the model has them, and the compiler fuses what it can.
+done to its products, all of attention or of a Gated DeltaNet layer between its matrices, the choice of experts and of
+the likeliest token. Elsewhere they are taken as the model has them, and the compiler fuses what it can.
 
 Glossary: B batch, S tokens in this call, H heads, E head_dim, K and V widths of keys and values, F feed-forward width.
 """
@@ -118,6 +118,29 @@ def delta_kernel_takes(positions: Tensor, state: Tensor) -> bool:
 def _(qkvz: Tensor, ba: Tensor, positions: Tensor, conv: Tensor, state: Tensor, taps: Tensor, decay: Tensor,
       shift: Tensor, norm: Tensor, eps: float) -> Tensor:
     return qkvz.new_empty(*qkvz.shape[:2], state.shape[2] * state.shape[4])
+
+
+# -- experts ----------------------------------------------------------------------------------------------------------
+
+def route(logits: Tensor, active: int, norm: bool) -> tuple[Tensor, Tensor]:
+    """Of a router's logits [..., N], float32: the probabilities of the likeliest experts and their numbers, both
+    [..., active]. norm: these probabilities add up to one, not those of all."""
+    if logits.device.type == "cuda" and torch.compiler.is_compiling():
+        return route_by_maxima(logits, active, norm)
+    weights, chosen = logits.softmax(-1).topk(active)
+    return weights / weights.sum(-1, keepdim=True) if norm else weights, chosen
+
+
+def route_by_maxima(logits: Tensor, active: int, norm: bool) -> tuple[Tensor, Tensor]:
+    """The same, one expert after the other: of that the compiler makes one kernel, where a topk is several."""
+    left, numbers, values, chosen = logits, torch.arange(logits.shape[-1], device=logits.device), [], []
+    for _ in range(active):
+        value, number = left.max(-1, keepdim=True)
+        left = left.masked_fill(numbers == number, float("-inf"))
+        values.append(value), chosen.append(number)
+    best = values[0]
+    total = sum((value - best).exp() for value in values) if norm else (logits - best).exp().sum(-1, keepdim=True)
+    return (torch.cat(values, -1) - best).exp() / total, torch.cat(chosen, -1)
 
 
 # -- the likeliest ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import torch
 
 import ops
 from linear_attention import delta_rule_chunks, delta_rule_steps
-from ops import reference
+from ops import fused, reference
 
 
 @pytest.mark.parametrize("B, S, H, K, window, size", [
@@ -65,3 +65,11 @@ def test_linear_equals_its_reference(dtype, rows, outputs, widened, monkeypatch)
     rounding = torch.finfo(dtype).eps * truth.abs()  # and one rounding of the result
     for linear in (ops.linear, lambda x, weight: ops.linear16(x, weight, None)):  # as it is bound, and the plain form
         assert ((linear(x, weight).double() - truth).abs() <= sums + rounding).all()
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(("experts", "active"), [(4, 2), (128, 8), (5, 5), (3, 1)])
+def test_experts_are_chosen_alike_one_by_one(experts, active, norm):
+    logits = 8 * torch.randn(2, 3, experts)
+    for got, truth in zip(fused.route_by_maxima(logits, active, norm), fused.route(logits, active, norm), strict=True):
+        torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-7)
