@@ -19,6 +19,7 @@ from errors import UserError
 from layers import Matrix
 from loader import load_module, require_finite
 from model import Transformer
+from ops import fused
 from tokenizer import Tokenizer
 
 WINDOWS, LENGTH = 64, 512  # how much of the text is read: more changes little
@@ -93,6 +94,7 @@ def hessians(matrices: dict[str, Matrix]) -> Iterator[dict[str, Tensor]]:
             if len(inputs) == 1:
                 total.addmm_(x.T, x)
             else:
+                x = fused.for_each(x, inputs[1])
                 for e in inputs[1].unique().tolist():
                     rows = x[inputs[1] == e]
                     total[e].addmm_(rows.T, rows)

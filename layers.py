@@ -63,9 +63,12 @@ class Matrix(nn.Module):
         return y + (self.bias.to(y.dtype) if chosen is None else self.bias[chosen])
 
     def gated(self, x: Tensor, activation: str, chosen: Tensor | None = None) -> Tensor:
-        """`times` with half of the outputs as gates of the others, [..., inputs] -> [..., outputs / 2]."""
-        if self.bias is None and not self.packed and fused.gates(x, self.weight, self.scale):
-            return torch.ops.readonce.gated_linear(x, self.weight, self.scale, chosen, activation)
+        """`times` with half of the outputs as gates of the others, [..., inputs] -> [..., outputs / 2]; `chosen`
+        [N * A] are A matrices for each row of x [N, inputs]."""
+        if not self.packed and fused.fuses(x, self.weight, self.scale):
+            return torch.ops.readonce.fused_linear(x, self.weight, self.scale, chosen, activation, None, 0.0, self.bias,
+                                                   None, None, 0.0)[0]
+        x = x if chosen is None else fused.for_each(x, chosen)
         return fused.activate(activation, self.times(x, chosen))
 
 
@@ -80,13 +83,14 @@ class Linear(Matrix):
 
 
 class ExpertLinear(Matrix):
-    """One matrix per expert; each row of x goes through the one chosen for it. With an activation as `Linear`."""
+    """One matrix per expert; each row of x goes through the one chosen for it, or with an activation, which is then as
+    in `Linear`, through several, chosen one behind the other."""
 
     def __init__(self, experts: int, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__(experts, outputs, inputs, bias=bias)
 
     def forward(self, x: Tensor, chosen: Tensor, activation: str | None = None) -> Tensor:
-        """[N, inputs], int64 [N] -> [N, outputs], or half of that."""
+        """[N, inputs], int64 [N] -> [N, outputs]; or [N, inputs], [N * A] -> [N * A, outputs / 2]."""
         return self.times(x, chosen) if activation is None else self.gated(x, activation, chosen)
 
 

@@ -130,9 +130,8 @@ class Experts(nn.Module):
 
     def speak(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """What the chosen experts make of x [B, S, D], weighed and summed."""
-        active, chosen = self.config.n_active, chosen.flatten()  # [N * A]
-        rows = x.flatten(0, 1).repeat_interleave(active, 0)  # [N * A, D]
-        y = self.w2(self.w13(rows, chosen, activation=self.activation), chosen)
+        chosen = chosen.flatten()  # [N * A]
+        y = self.w2(self.w13(x.flatten(0, 1), chosen, activation=self.activation), chosen)
         return (y.view(*weights.shape, -1).float() * weights[..., None]).sum(2).to(x.dtype)
 
 

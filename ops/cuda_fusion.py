@@ -8,12 +8,15 @@ x * gain, rounded as exactly as the norm would be in bfloat16; in float16 it cou
 
 The model says nothing of this: a pass over the compiler's graph, of PyTorch's simplest operators, finds it.
 """
+import functools
+
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.pattern_matcher import MULTIPLE, CallFunction, KeywordArg
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ops import EXPERT_ROWS
 from ops.cuda_linear import MOST_ROWS
 
 aten, ours, convert = torch.ops.aten, torch.ops.readonce, torch.ops.prims.convert_element_type.default
@@ -44,6 +47,10 @@ class Fusion(CustomGraphPass):
             if arguments := as_fused(node):
                 with graph.inserting_before(node):
                     replace(node, call(graph, SELECT, call(graph, FUSED, *arguments), 0, 0))
+            elif node.target == FUSED and is_view(view := node.args[0]) and argument(node, "chosen") is not None:
+                change(node, x=view.args[0])  # which takes rows in any shape
+                if not view.users:
+                    graph.erase_node(view)
         gains = {}
         for node in graph.find_nodes(op="call_function", target=convert):
             divide_behind(graph, node, gains)
@@ -72,26 +79,45 @@ def change(node: fx.Node, **arguments) -> None:
     set_value(node)
 
 
+def argument(node: fx.Node, name: str) -> object:
+    """What a FUSED is given."""
+    return node.args[NAMES.index(name)]
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the same rows come in another shape."""
+    same = node.target in (aten.reshape.default, aten.view.default)
+    return same and node.args[0].meta["val"].shape[-1] == node.meta["val"].shape[-1]
+
+
+def few(shape: torch.Size, most: int = MOST_ROWS) -> bool:
+    return statically_known_true(shape[:-1].numel() <= most)
+
+
 def as_fused(node: fx.Node) -> list | None:
     """FUSED's arguments for a product of few rows and one matrix; None: it is no such product."""
-    scale = chosen = activation = None
     if node.target == ours.linear16.default:
-        x, weight, chosen = node.args
+        (x, weight, chosen), scale = node.args, None
     elif node.target == ours.quantized_linear.default:
-        x, weight, scale = node.args
-    elif node.target == ours.gated_linear.default:
-        x, weight, scale, chosen, activation = node.args
+        (x, weight, scale), chosen = node.args, None
     else:
         return None
-    few = statically_known_true(node.meta["val"].shape[:-1].numel() <= MOST_ROWS)
-    return [x, weight, scale, activation, None, 0.0, None, None, None, 0.0] if few and chosen is None else None
+    one = chosen is None and few(node.meta["val"].shape)
+    return [x, weight, scale, None, None, None, 0.0, None, None, None, 0.0] if one else None
+
+
+def takes_norm(user: fx.Node, normed: fx.Node) -> bool:
+    """Whether a FUSED, of few rows, can divide its products by what x was to be divided by."""
+    if user.target != FUSED or user.args[0] != normed:
+        return False
+    return few(user.meta["val"].shape, MOST_ROWS if argument(user, "chosen") is None else EXPERT_ROWS)
 
 
 def divide_behind(graph: fx.Graph, normed: fx.Node, gains: dict[fx.Node, tuple]) -> None:
     """If this is a norm, and only matrices take it, they take x * gain and divide by rms(x). In `gains` is kept how x
     is multiplied."""
     match = NORM.match(normed)
-    if not match or not all(user.target == FUSED for user in normed.users):
+    if not match or not all(takes_norm(user, normed) for user in normed.users):
         return
     x, eps, gain, offset = (match.kwargs[name] for name in ("x", "eps", "gain", "offset"))
     with graph.inserting_before(normed):
@@ -132,8 +158,9 @@ def part_of_kernel(product: fx.Node, other: fx.Node) -> str | None:
     kernel = product.args[0]
     if kernel.target != FUSED or len(kernel.users) > 1 or len(product.users) > 1:
         return None
-    have, shape = dict(zip(NAMES, kernel.args, strict=True)), product.meta["val"].shape
-    if have["residual"] is None and other.meta["val"].shape == shape:
-        return "residual" if other.meta["val"].dtype == product.meta["val"].dtype else None
-    free = have["residual"] is have["bias"] is have["activation"] is None
-    return "bias" if free and other.meta["val"].shape == shape[-1:] else None
+    have, value, shape = functools.partial(argument, kernel), other.meta["val"], product.meta["val"].shape
+    if have("chosen") is not None or have("residual") is not None:
+        return None
+    if value.shape == shape:
+        return "residual" if value.dtype == product.meta["val"].dtype and few(shape) else None
+    return "bias" if have("bias") is have("activation") is None and value.shape == shape[-1:] else None

@@ -183,12 +183,13 @@ def store_products(sums, row, real, rms_of, bias, residual, gain, y, n, rows, ou
 
 @triton.jit
 def few_rows(x, weight, scale, chosen, rms_of, bias, residual, gain, y, rows, outputs, eps, offset, IN: tl.constexpr,
-             GROUP: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, OUT: tl.constexpr,
-             PIECES: tl.constexpr, PIECE: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr, MOST: tl.constexpr,
-             PDL: tl.constexpr):
-    """Rows x [N, rows, IN] times weight[chosen[n]] (chosen None: N is 1) transposed -> y [N, rows, outputs]; with an
-    ACTIVATION the matrix has as many rows again, and the products with these are what the others' are gates of. The
-    rest is as `fused.fused_linear` has it, for N = 1: y [2, rows, outputs] if there is a gain.
+             GROUP: tl.constexpr, ACTIVATION: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
+             OUT: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr, EVEN: tl.constexpr, PTX: tl.constexpr,
+             MOST: tl.constexpr, PDL: tl.constexpr):
+    """Rows x [N / SHARED, rows, IN] times weight[chosen[n]] (chosen None: N is 1) transposed -> y [N, rows, outputs];
+    with an ACTIVATION the matrix has as many rows again, and the products with these are what the others' are gates of.
+    SHARED: how many of `chosen` belong to the same rows of x. The rest is as `fused.fused_linear` has it, of N = 1 with
+    a residual or a gain, which makes y [2, rows, outputs].
 
     Without a scale a weight is what it says. GROUP 0: int8, if there is one. The tensor core sees whole numbers, which
     all types hold exactly; sums are float32. A piece may hold several groups of int4 columns: each row of x then
@@ -218,28 +219,30 @@ def few_rows(x, weight, scale, chosen, rms_of, bias, residual, gain, y, rows, ou
         there = weight + row[None, :, None] * LENGTH + k[:, None, :]
         q = tl.load(there) if EVEN else tl.load(there, mask=real[None, :, None] & (k < LENGTH)[:, None, :], other=0)
         if GROUP:
-            pairs = x + (n * rows + m[None, None, :, None]) * IN + k[:, :, None, None] * 2 + tl.arange(0, 2)
+            pairs = x + (n // SHARED * rows + m[None, None, :, None]) * IN + k[:, :, None, None] * 2 + tl.arange(0, 2)
             product = halves_times(q, pairs, mine, PTX)
             group = (start + piece * PIECE)[:, None, None] // SPAN + g[None, None, :]
             there = scale + row[None, :, None] * SCALES + group
             s = tl.load(there) if EVEN else tl.load(there, mask=real[None, :, None] & (group < SCALES), other=0.0)
             total += product * s.to(tl.float32)
         else:
-            v = tl.load(x + (n * rows + m[None, None, :]) * IN + k[:, :, None], mask=mine, other=0.0)
+            v = tl.load(x + (n // SHARED * rows + m[None, None, :]) * IN + k[:, :, None], mask=mine, other=0.0)
             w = q if scale is None else to_floats(q, BYTE_BF16, BYTE_FP16, dtype) if PTX else q.to(dtype)
             total = tl.dot(w, v, total, input_precision="ieee")
     sums = tl.sum(tl.reshape(tl.sum(total, 0), (OUT, M, G)), 2)
     if scale is not None and GROUP == 0:
         sums *= tl.load(scale + row, mask=real, other=0.0)[:, None]
+    if rms_of is not None:
+        rms_of += n // SHARED * rows * IN
     store_products(sums, row, real, rms_of, bias, residual, gain, y, n, rows, outputs, eps, offset, IN, ACTIVATION,
                    ROWS)
 
 
-def tile_for(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tile:
-    """That of x [N, rows, in] and a matrix, or N that are chosen out of several."""
+def tile_for(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None = None) -> Tile:
+    """That of x [N, rows, in] and a matrix, or some that are chosen out of several."""
     (outputs, length), group = weight.shape[-2:], group_of(x, scale)
-    return tile(group, x.shape[1], outputs, length, weight.itemsize, x.shape[0] * outputs // 16,
-                x.dtype == torch.float32)
+    programs = (1 if chosen is None else len(chosen)) * outputs // 16
+    return tile(group, x.shape[1], outputs, length, weight.itemsize, programs, x.dtype == torch.float32)
 
 
 def group_of(x: Tensor, scale: Tensor | None) -> int:
@@ -260,56 +263,48 @@ class Behind(NamedTuple):
 
 def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None, size: Tile,
              behind: Behind = Behind()) -> Tensor:
-    """x [N, rows, in] by the kernel -> [N, rows, out], or half of that with an activation; [2, ...] with a gain."""
+    """x [N, rows, in] by the kernel -> [N, rows, out], or half of that with an activation; [2, ...] with a gain. With
+    `chosen` [N * A] by A matrices each -> [N * A, rows, ...]."""
     assert weight.is_contiguous() and (scale is None or scale.is_contiguous()), weight.stride()
-    N, rows, inputs = x.shape
+    rows, inputs = x.shape[1:]
     outputs, length = weight.shape[-2:]
+    N = 1 if chosen is None else len(chosen)
     activation, rms_of, eps, bias, residual, gain, offset = behind
-    assert activation is None or outputs % 2 == 0, outputs
-    assert N == 1 or behind == Behind(activation), "what is beside x is not told apart by n"
+    assert N % len(x) == 0 and (activation is None or outputs % 2 == 0), (chosen, x.shape, outputs)
+    assert N == 1 or residual is gain is None, "which are not told apart by n"
     fetched = max(128, min(triton.next_power_of_2(length * weight.itemsize), PREFETCHED // size.OUT))
     y = x.new_empty(N if gain is None else 2, rows, outputs if activation is None else outputs // 2)
     x, chosen, rms_of, bias, residual, gain = (None if t is None else t.contiguous()
                                                for t in (x, chosen, rms_of, bias, residual, gain))
     few_rows[(triton.cdiv(outputs, size.OUT), N)](
         x, weight, scale, chosen, rms_of, bias, residual, gain, y, rows, y.shape[2], eps, offset, IN=inputs,
-        GROUP=group_of(x, scale), ACTIVATION=activation, ROWS=triton.next_power_of_2(rows),
+        GROUP=group_of(x, scale), ACTIVATION=activation, SHARED=N // len(x), ROWS=triton.next_power_of_2(rows),
         PTX=understands(x.device, x.dtype), MOST=fetched, **size._asdict(), **launch_options(x))
     return y
 
 
 # -- the operators ----------------------------------------------------------------------------------------------------
 
-def takes(x: Tensor, weight: Tensor, scale: Tensor | None, rows: int) -> bool:
-    return 0 < rows <= MOST_ROWS and (scale is not None or (weight.itemsize == 2 and x.dtype == weight.dtype))
+def fused_linear(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None, *behind) -> Tensor:
+    """As in ops/fused.py. Few rows never wait for the device; many with `chosen` read it back."""
+    rows = x.numel() // x.shape[-1] if chosen is None else len(chosen)
+    known = scale is not None or (weight.itemsize == 2 and x.dtype == weight.dtype)
+    if not known or not 0 < rows <= (MOST_ROWS if chosen is None else ops.EXPERT_ROWS):
+        return fused.finish(product_of_many(x, weight, scale, chosen), chosen, x.dtype, *behind)
+    flat = x.reshape(1, rows, -1) if chosen is None else x.reshape(-1, 1, x.shape[-1])
+    y = multiply(flat, weight, scale, chosen, tile_for(flat, weight, scale, chosen), Behind(*behind))
+    return y.view(-1, *x.shape[:-1], y.shape[-1]) if chosen is None else y.view(1, rows, -1)
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None = None,
-           activation: str | None = None) -> Tensor:
-    """x [..., in] times a matrix [out, in] transposed -> [..., out]; with `chosen` [N], row n of x by that matrix of
-    several. Few rows never wait for the device; many with `chosen` read it back."""
-    if chosen is None and takes(x, weight, scale, rows := x.numel() // x.shape[-1]):
-        flat = x.reshape(1, rows, -1)
-        y = multiply(flat, weight, scale, None, tile_for(flat, weight, scale), Behind(activation))
-        return y.view(*x.shape[:-1], -1)
-    if chosen is not None and takes(x, weight, scale, 1) and 0 < x.shape[0] <= ops.EXPERT_ROWS:
-        flat = x[:, None]
-        return multiply(flat, weight, scale, chosen, tile_for(flat, weight, scale), Behind(activation))[:, 0]
+def product_of_many(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None) -> Tensor:
     if chosen is not None:
-        y = ops.by_expert(x, weight.shape[1], chosen, lambda rows, e: linear(rows, weight[e], None if scale is None
-                                                                             else scale[e]))
-    else:
-        y = F.linear(x, weight) if scale is None else ops.quantized_linear(x, weight, scale)
-    return y if activation is None else fused.activate(activation, y)
+        return ops.by_expert(fused.for_each(x, chosen), weight.shape[1], chosen,
+                             lambda rows, e: linear(rows, weight[e], None if scale is None else scale[e]))
+    return F.linear(x, weight) if scale is None else ops.quantized_linear(x, weight, scale)
 
 
-def fused_linear(x: Tensor, weight: Tensor, scale: Tensor | None, *behind) -> Tensor:
-    """As in ops/fused.py."""
-    if not takes(x, weight, scale, rows := x.numel() // x.shape[-1]):
-        return fused.fused_linear(x, weight, scale, *behind)
-    flat = x.reshape(1, rows, -1)
-    y = multiply(flat, weight, scale, None, tile_for(flat, weight, scale), Behind(*behind))
-    return y.view(-1, *x.shape[:-1], y.shape[-1])
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None = None) -> Tensor:
+    return fused_linear(x, weight, scale, chosen, *Behind())[0]
 
 
 def linear16(x: Tensor, weight: Tensor, chosen: Tensor | None) -> Tensor:
@@ -326,4 +321,3 @@ def quantized_expert_linear(x: Tensor, weight: Tensor, scale: Tensor, chosen: Te
 
 for operator in (fused_linear, linear16, quantized_linear, quantized_expert_linear):
     ops.LIBRARY.impl(operator.__name__, operator, "CUDA")
-ops.LIBRARY.impl("gated_linear", linear, "CUDA")

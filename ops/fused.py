@@ -21,60 +21,61 @@ def activate(name: str, x: Tensor) -> Tensor:
     return (F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
-LIBRARY.define("gated_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? chosen, str activation) -> Tensor")
+LIBRARY.define("fused_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? chosen, str? activation, Tensor? rms_of, "
+               "float eps, Tensor? bias, Tensor? residual, Tensor? gain, float offset) -> Tensor",
+               tags=torch.Tag.flexible_layout)
 
 
-def gates(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
-    """Whether `torch.ops.readonce.gated_linear` is worth calling: on CUDA, for weights that its kernel reads."""
-    there = x.device.type == "cuda" and loaded("gated_linear", "cuda")
+def fuses(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether `torch.ops.readonce.fused_linear` is worth calling: on CUDA, for weights that its kernel reads."""
+    there = x.device.type == "cuda" and loaded("fused_linear", "cuda")
     return there and (scale is not None or (weight.itemsize == 2 and weight.dtype == x.dtype))
 
 
-@torch.library.impl(LIBRARY, "gated_linear", "CompositeExplicitAutograd")
-def gated_linear(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None, activation: str) -> Tensor:
-    """`activate` behind x [..., in] times a matrix [2 F, in] transposed, by `chosen` one of several -> [..., F]."""
-    y = linear(x, weight, scale) if chosen is None else expert_linear(x, weight, chosen, scale)
-    return activate(activation, y)
-
-
-@torch.library.register_fake("readonce::gated_linear")
-def _(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None, activation: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[-2] // 2)
-
-
-LIBRARY.define("fused_linear(Tensor x, Tensor weight, Tensor? scale, str? activation, Tensor? rms_of, float eps, "
-               "Tensor? bias, Tensor? residual, Tensor? gain, float offset) -> Tensor", tags=torch.Tag.flexible_layout)
-
-
 @torch.library.impl(LIBRARY, "fused_linear", "CompositeExplicitAutograd")
-def fused_linear(x: Tensor, weight: Tensor, scale: Tensor | None, activation: str | None, rms_of: Tensor | None,
-                 eps: float, bias: Tensor | None, residual: Tensor | None, gain: Tensor | None,
-                 offset: float) -> Tensor:
-    """x [..., in] times a matrix [out, in] transposed, and in this order: divided by the root mean square of `rms_of`
-    [..., in], plus a bias [out], activated (which leaves half), plus a residual -> [1, ..., out]. With a gain [out]
-    also that times (offset + gain) -> [2, ..., out].
+def fused_linear(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None, *behind) -> Tensor:
+    """x [..., in] times a matrix [out, in] transposed, then `finish` -> [1 or 2, ..., out]. With `chosen` [N * A], of x
+    [..., in] with N rows, each row by A of several matrices [E, out, in] -> [1, N * A, out].
 
-    So a norm is part of the matrices on both sides of it: its gain of the one that makes what is to be normalised, its
-    root mean square of the one that takes it. No model calls this; ops/cuda_fusion.py puts it into compiled steps.
+    So an activation, a bias and a residual are part of a matrix, and a norm of those on both sides of it: its gain of
+    the one that makes what is to be normalised, its root mean square of the one that takes it. The model asks for the
+    first two; for the rest ops/cuda_fusion.py looks in compiled steps.
     """
-    y = linear(x, weight, scale).float()
+    y = linear(x, weight, scale) if chosen is None else expert_linear(for_each(x, chosen), weight, chosen, scale)
+    return finish(y, chosen, x.dtype, *behind)
+
+
+def for_each(x: Tensor, chosen: Tensor) -> Tensor:
+    """Rows of x [..., in] as often as matrices are chosen for them: [N * A, in]."""
+    rows = x.flatten(0, -2)
+    return rows.repeat_interleave(len(chosen) // len(rows), 0)
+
+
+def finish(y: Tensor, chosen: Tensor | None, dtype: torch.dtype, activation: str | None, rms_of: Tensor | None,
+           eps: float, bias: Tensor | None, residual: Tensor | None, gain: Tensor | None, offset: float) -> Tensor:
+    """Products y [..., out], in this order: divided by the root mean square of `rms_of` [..., in], plus a bias [out]
+    (with `chosen` that of the matrix, [E, out]), activated, which leaves half, plus a residual -> [1, ..., out]. With a
+    gain [out] also that times (offset + gain) -> [2, ..., out]."""
+    y = y.float()
     if rms_of is not None:
-        y = y * torch.rsqrt(rms_of.float().square().mean(-1, keepdim=True) + eps)
+        rate = torch.rsqrt(rms_of.float().square().mean(-1, keepdim=True) + eps)
+        y = y * (rate if chosen is None else for_each(rate, chosen))
     if bias is not None:
-        y = y + bias.float()
+        y = y + (bias if chosen is None else bias[chosen]).float()
     if activation is not None:
         y = activate(activation, y)
     if residual is not None:
         y = y + residual.float()
-    y = y.to(x.dtype)
-    return torch.stack([y] if gain is None else [y, (y.float() * (offset + gain.float())).to(x.dtype)])
+    y = y.to(dtype)
+    return torch.stack([y] if gain is None else [y, (y.float() * (offset + gain.float())).to(dtype)])
 
 
 @torch.library.register_fake("readonce::fused_linear")
-def _(x: Tensor, weight: Tensor, scale: Tensor | None, activation: str | None, rms_of: Tensor | None, eps: float,
-      bias: Tensor | None, residual: Tensor | None, gain: Tensor | None, offset: float) -> Tensor:
-    outputs = weight.shape[-2] // (1 if activation is None else 2)
-    return x.new_empty(1 if gain is None else 2, *x.shape[:-1], outputs)
+def _(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None, activation: str | None,
+      rms_of: Tensor | None, eps: float, bias: Tensor | None, residual: Tensor | None, gain: Tensor | None,
+      offset: float) -> Tensor:
+    outputs, rows = weight.shape[-2] // (1 if activation is None else 2), x.shape[:-1]
+    return x.new_empty(1 if gain is None else 2, *(rows if chosen is None else chosen.shape), outputs)
 
 
 # -- attention --------------------------------------------------------------------------------------------------------

@@ -82,7 +82,8 @@ def test_matrices_are_multiplied_to_rounding(device, dtype):
     def linear(x, weight, scale, chosen, activation):
         x, weight, scale, chosen = (None if t is None else t.to(device) for t in (x, weight, scale, chosen))
         if activation:
-            return torch.ops.readonce.gated_linear(x, weight, scale, chosen, activation).cpu()
+            fused = torch.ops.readonce.fused_linear
+            return fused(x, weight, scale, chosen, activation, None, 0.0, None, None, None, 0.0)[0].cpu()
         return (ops.linear(x, weight, scale) if chosen is None else ops.expert_linear(x, weight, chosen, scale)).cpu()
     ours = torch.device(device).type == "cuda"  # kernels for all; elsewhere PyTorch's own may round on the way
     check_linear(linear, dtype, (None, 0, 32, 64, 128) if ours and dtype != torch.float32 else (0, 32, 64, 128), ours)

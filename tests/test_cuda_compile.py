@@ -79,7 +79,7 @@ def multiply(outputs: int, inputs: int, group: int | None, rows: int, dtype: tor
     scale = meta(outputs, inputs // group, dtype=FP16) if group else meta(outputs, dtype=FP32)
     if group is None:
         weight, scale = meta(outputs, inputs, dtype=dtype), None
-    cuda_linear.linear(meta(rows, inputs, dtype=dtype), weight, scale, None, activation)
+    cuda_linear.fused_linear(meta(rows, inputs, dtype=dtype), weight, scale, None, *cuda_linear.Behind(activation))
 
 
 def fused_multiply(outputs: int, inputs: int, group: int | None, rows: int, dtype: torch.dtype,
@@ -89,7 +89,7 @@ def fused_multiply(outputs: int, inputs: int, group: int | None, rows: int, dtyp
     scale = meta(outputs, inputs // group, dtype=FP16) if group else None
     x = meta(1, rows, inputs, dtype=dtype)
     beside = (None, meta(1, rows, outputs, dtype=dtype), meta(outputs, dtype=FP32))
-    cuda_linear.fused_linear(x, weight, scale, activation, x if before else None, 1e-5,
+    cuda_linear.fused_linear(x, weight, scale, None, activation, x if before else None, 1e-5,
                              *((None,) * 3 if before else beside), 0.0)
 
 

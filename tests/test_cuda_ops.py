@@ -223,29 +223,36 @@ def check_linear(linear, dtype: torch.dtype, groups: tuple[int | None, ...] = (N
 
 
 def check_fused_linear(fused_linear, dtype: torch.dtype, groups: tuple[int | None, ...] = (None, 0, 32, 128)) -> None:
-    """As `fused.fused_linear` says, in float64: what is done to products, each alone and together."""
-    for group, activation, (squared, biased, added, gained) in itertools.product(
-            groups, (None, "silu"), ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 1, 1), (1, 1, 1, 1))):
+    """As `fused.fused_linear` says, in float64: what is done to products, each alone and together; with a matrix, and
+    with several for each row."""
+    for group, activation, experts, (squared, biased, added, gained) in itertools.product(
+            groups, (None, "silu"), (0, 3), ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 1, 1), (1, 1, 1, 1))):
+        added, gained = added and not experts, gained and not experts
         rows, outputs = random.choice((1, 1, 2, 5, 16)), 2 * random.randint(1, 40)
         inputs = group * random.randint(1, 12) if group else random.randint(1, 700)
-        weight, scale = matrix(outputs, inputs, group, dtype)
+        weight, scale = matrix(outputs, inputs, group, dtype, (experts,) if experts else ())
         wide = (weight if group is None else ops.dequantize(weight, scale)).double()
         x = torch.randn(1, rows, inputs)
-        x = before_nan((x * (2 / (x.double() @ wide.T).abs().amax())).to(dtype))
-        width = outputs // 2 if activation else outputs
+        chosen = torch.randint(experts, (2 * rows,)) if experts else None
+        bound = (x.double() @ wide.mT).abs().amax()
+        x = before_nan((x * (2 / bound)).to(dtype))
+        width, leading = outputs // 2 if activation else outputs, (2 * rows,) if experts else (1, rows)
+        biases = (experts, outputs) if experts else (outputs,)
         rms_of, bias, residual, gain = (
             before_nan(torch.randn(shape).to(kind)) if there else None for there, shape, kind in (
-                (squared, x.shape, dtype), (biased, (outputs,), dtype), (added, (1, rows, width), dtype),
+                (squared, x.shape, dtype), (biased, biases, dtype), (added, (1, rows, width), dtype),
                 (gained, (width,), torch.float32)))
-        y = x.double() @ wide.T
+        y = x.double() @ wide.T if not experts else torch.stack(
+            [x[0, n // 2].double() @ wide[e].T for n, e in enumerate(chosen.tolist())])
         if squared:
-            y *= torch.rsqrt(rms_of.double().square().mean(-1, keepdim=True) + 0.1)
-        y = y + bias.double() if biased else y
+            rate = torch.rsqrt(rms_of.double().square().mean(-1, keepdim=True) + 0.1)
+            y *= rate[0].repeat_interleave(2, 0) if experts else rate
+        y = y + (bias[chosen] if experts else bias).double() if biased else y
         y = fused.activate(activation, y) if activation else y
         y = y + residual.double() if added else y
-        got = fused_linear(x, weight, scale, activation, rms_of, 0.1, bias, residual, gain, 0.5)
-        what = (group, activation, squared, biased, added, gained, x.shape, weight.shape)
-        assert got.dtype == dtype and got.shape == (1 + gained, 1, rows, width), what
+        got = fused_linear(x, weight, scale, chosen, activation, rms_of, 0.1, bias, residual, gain, 0.5)
+        what = (group, activation, experts, squared, biased, added, gained, x.shape, weight.shape)
+        assert got.dtype == dtype and got.shape == (1 + gained, *leading, width), what
         eps = torch.finfo(dtype).eps
         assert ((got[0].double() - y).abs() <= 2 ** -18 + eps * y.abs()).all(), what
         if gained:
@@ -262,7 +269,7 @@ def test_the_kernel_for_few_rows_is_exact_to_rounding_and_reads_nothing_past_its
         from test_cuda_ops import check_fused_linear, check_linear
         from ops import cuda_linear
         for dtype in (torch.float32, torch.float16):  # the interpreter cannot multiply bfloat16
-            check_linear(cuda_linear.linear, dtype)
+            check_linear(lambda *given: cuda_linear.fused_linear(*given[:4], *cuda_linear.Behind(given[4]))[0], dtype)
             check_fused_linear(cuda_linear.fused_linear, dtype)
         print("equal")
     """)
@@ -270,13 +277,6 @@ def test_the_kernel_for_few_rows_is_exact_to_rounding_and_reads_nothing_past_its
 
 def test_a_fused_product_without_a_kernel_is_the_same():
     check_fused_linear(torch.ops.readonce.fused_linear, torch.float32)
-
-
-def test_a_gated_product_without_a_kernel_is_the_products_activation():
-    weight, scale = matrix(24, 64, 32, torch.float32)
-    x = torch.randn(2, 3, 64)
-    got = torch.ops.readonce.gated_linear(x, weight, scale, None, "silu")
-    torch.testing.assert_close(got, fused.activate("silu", ops.linear(x, weight, scale)))
 
 
 # -- the instructions that unpack -------------------------------------------------------------------------------------
