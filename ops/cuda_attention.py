@@ -22,9 +22,10 @@ TILE_BYTES = 1 << 14  # of keys in a step, and of values: three steps in flight 
 def tile(rows: int, head_dim: int, itemsize: int) -> dict[str, int]:
     """How much of the queries [rows, head_dim] and of the cache a program takes at a time."""
     cols = triton.next_power_of_2(head_dim)
+    together = min(MOST_ROWS, max(16, triton.next_power_of_2(rows)))
     block = max(16, min(64, TILE_BYTES // (cols * itemsize)))
-    return {"COLS": cols, "ROWS": min(MOST_ROWS, max(16, triton.next_power_of_2(rows))), "BLOCK": block,
-            "num_stages": 2 if block * cols * itemsize > TILE_BYTES else 3, "num_warps": 8 if cols > 256 else 4}
+    return {"COLS": cols, "ROWS": together, "BLOCK": block, "num_warps": 8 if together * cols > 4096 else 4,
+            "num_stages": 2 if block * cols * itemsize > TILE_BYTES else 3}
 
 
 @triton.jit
@@ -243,12 +244,12 @@ def attend_and_join(qkv, positions, cos, sin, q_norm, k_norm, sinks, k, v, arriv
     queries, width = heads * (1 + GATED), heads * (1 + GATED) + kv_heads * (1 if SHARED else 2)
     await_inputs(PDL)
     newest = tl.load(positions + b * S + S - 1).to(tl.int32)  # remainders of 64 bits are slow
-    begin, end, splits = share_of(split, newest, size, BLOCK, SPLITS)
-    if split >= splits:
-        return
     token, h = b * S + row % S, own * (rows // S) + row // S
     start = (token * width + h * (1 + GATED)) * E
     turned = heads_of(qkv, start, real, token, q_norm, cos, sin, eps, offset, E, COLS, TURNED).to(qkv.dtype.element_ty)
+    begin, end, splits = share_of(split, newest, size, BLOCK, SPLITS)
+    if split >= splits:  # known only now, so that what was read until here was waited for once
+        return
     first = newest - S + 1
     position = first + row % S
     base = b.to(tl.int64) * stride_b + own.to(tl.int64) * stride_k  # caches may hold more than 2^31 numbers
