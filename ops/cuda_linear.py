@@ -288,8 +288,8 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | N
 def fused_linear(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None, *behind) -> Tensor:
     """As in ops/fused.py. Few rows never wait for the device; many with `chosen` read it back."""
     rows = x.numel() // x.shape[-1] if chosen is None else len(chosen)
-    known = scale is not None or (weight.itemsize == 2 and x.dtype == weight.dtype)
-    if not known or not 0 < rows <= (MOST_ROWS if chosen is None else ops.EXPERT_ROWS):
+    few = 0 < rows <= (MOST_ROWS if chosen is None else ops.EXPERT_ROWS)
+    if not few or not fused.kernel_reads(x, weight, scale):
         return fused.finish(product_of_many(x, weight, scale, chosen), chosen, x.dtype, *behind)
     flat = x.reshape(1, rows, -1) if chosen is None else x.reshape(-1, 1, x.shape[-1])
     y = multiply(flat, weight, scale, chosen, tile_for(flat, weight, scale, chosen), Behind(*behind))

@@ -26,10 +26,14 @@ LIBRARY.define("fused_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? cho
                tags=torch.Tag.flexible_layout)
 
 
+def kernel_reads(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether CUDA's kernel reads such weights."""
+    return scale is not None or (weight.itemsize == 2 and weight.dtype == x.dtype)
+
+
 def fuses(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
-    """Whether `torch.ops.readonce.fused_linear` is worth calling: on CUDA, for weights that its kernel reads."""
-    there = x.device.type == "cuda" and loaded("fused_linear", "cuda")
-    return there and (scale is not None or (weight.itemsize == 2 and weight.dtype == x.dtype))
+    """Whether `torch.ops.readonce.fused_linear` is worth calling."""
+    return x.device.type == "cuda" and loaded("fused_linear", "cuda") and kernel_reads(x, weight, scale)
 
 
 @torch.library.impl(LIBRARY, "fused_linear", "CompositeExplicitAutograd")
@@ -56,18 +60,17 @@ def finish(y: Tensor, chosen: Tensor | None, dtype: torch.dtype, activation: str
     """Products y [..., out], in this order: divided by the root mean square of `rms_of` [..., in], plus a bias [out]
     (with `chosen` that of the matrix, [E, out]), activated, which leaves half, plus a residual -> [1, ..., out]. With a
     gain [out] also that times (offset + gain) -> [2, ..., out]."""
-    y = y.float()
     if rms_of is not None:
         rate = torch.rsqrt(rms_of.float().square().mean(-1, keepdim=True) + eps)
-        y = y * (rate if chosen is None else for_each(rate, chosen))
+        y = y * (rate if chosen is None else for_each(rate, chosen))  # float32 from here; a prompt's stay as they are
     if bias is not None:
-        y = y + (bias if chosen is None else bias[chosen]).float()
+        y = y + (bias if chosen is None else bias[chosen]).to(y.dtype)
     if activation is not None:
         y = activate(activation, y)
     if residual is not None:
-        y = y + residual.float()
+        y = y + residual
     y = y.to(dtype)
-    return torch.stack([y] if gain is None else [y, (y.float() * (offset + gain.float())).to(dtype)])
+    return y[None] if gain is None else torch.stack([y, (y.float() * (offset + gain.float())).to(dtype)])
 
 
 @torch.library.register_fake("readonce::fused_linear")

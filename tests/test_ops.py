@@ -73,3 +73,12 @@ def test_experts_are_chosen_alike_one_by_one(experts, active, norm):
     logits = 8 * torch.randn(2, 3, experts)
     for got, truth in zip(fused.route_by_maxima(logits, active, norm), fused.route(logits, active, norm), strict=True):
         torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-7)
+
+
+def test_what_is_done_to_a_prompts_products_needs_no_wider_copy_of_them():
+    y = torch.randn(2, 40, 64).bfloat16()
+    bias = torch.randn(64)
+    plain = None, 0.0, None, None, None, 0.0
+    assert fused.finish(y, None, y.dtype, None, *plain).data_ptr() == y.data_ptr()
+    assert fused.finish(y, None, y.dtype, "silu", *plain)[0].equal(fused.activate("silu", y))
+    assert fused.finish(y, None, y.dtype, None, None, 0.0, bias, None, None, 0.0)[0].equal(y + bias.bfloat16())
