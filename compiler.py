@@ -33,7 +33,10 @@ def configure(device: torch.device) -> None:
     torch._dynamo.config.recompile_limit = 64  # each top_k is a graph of its own, and so is each model
     torch._inductor.config.fallback_random = True  # the same random numbers as eager: one seed, one text
     torch._inductor.config.post_grad_custom_pre_pass = ops.fusion(device.type)
-    if device.type != "cpu":
+    if device.type == "cpu":
+        if torch._inductor.config.cpp.vec_isa_ok is None:  # else it compiles a trial for each set of vector instructions,
+            torch._inductor.config.cpp.vec_isa_ok = True  # 6 s, which any compiler that takes PyTorch's headers passes
+    else:
         torch._inductor.config.assert_indirect_indexing = False  # no checks of tokens and positions, which are checked
     if device.type == "cuda":
         torch._inductor.config.coordinate_descent_tuning = True  # a matmul with one row becomes a fused reduction

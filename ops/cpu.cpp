@@ -17,7 +17,6 @@
 // Glossary: M rows of x, g columns to a scale (0: int8), tile 16 rows of a matrix, block 32 columns, part one vector
 // register of a line.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
 #include "cpu_common.h"
@@ -74,7 +73,7 @@ Tensor empty_in_huge_pages(at::IntArrayRef shape, at::ScalarType dtype) {
     return at::from_blob(first, shape, [=](void*) { munmap(memory, mapped); }, dtype);
   }
 #endif
-  return at::empty(shape, dtype);
+  return empty(shape, dtype);
 }
 
 void pack_row_int4(const uint8_t* w, int64_t inputs, const Layout& l, uint8_t* out) {
@@ -153,7 +152,7 @@ Tensor LIBRARY::unpack_rows(const Tensor& packed, const Tensor& rows, int64_t in
   Tensor index = rows.contiguous();
   std::vector<int64_t> shape = rows.sizes().vec();
   shape.push_back(inputs);
-  Tensor out = at::empty(shape, at::kFloat);
+  Tensor out = empty(shape, at::kFloat);
   auto wanted = index.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < rows.numel(); i++)
     TORCH_CHECK(wanted[i] >= 0 && wanted[i] < packed.size(0) * TILE, "row ", wanted[i], " of ", packed.size(0) * TILE);
@@ -362,14 +361,14 @@ Tensor LIBRARY::packed_linear(const Tensor& x_, const Tensor& packed, int64_t ou
   TORCH_CHECK(outputs > 0 && tiles == (outputs + TILE - 1) / TILE, tiles, " tiles are not ", outputs, " rows");
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = outputs;
-  Tensor y = at::empty(shape, x.options());
+  Tensor y = empty(shape, x.scalar_type());
   auto groups = rows_of(chosen, packed, packed.size(-2) * p.layout.tile, p.order);
   if (M == 0) return y;
   p.y = y.data_ptr();
   alignas(LINE) int8_t few[16384];  // where they are enough an allocation is saved
   Tensor many;
   int64_t bytes = M * (p.layout.columns + 8 * blocks);
-  if (bytes > (int64_t)sizeof few) many = at::empty({bytes}, at::kByte);
+  if (bytes > (int64_t)sizeof few) many = empty({bytes}, at::kByte);
   int8_t* q = many.defined() ? (int8_t*)many.data_ptr() : few;
   auto scale = (float*)(q + M * p.layout.columns);
   p.x = {q, scale, (int32_t*)(scale + M * blocks)};

@@ -15,7 +15,6 @@
 // slot p % L. T is the type of queries and results, C that of the caches. A piece is what a register holds of the
 // numbers of a cache; it becomes WIDE registers of float32.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include "cpu_common.h"
 #include "cpu_floats.h"
@@ -325,14 +324,14 @@ template <typename T, typename C, bool WHOLE> void attend(const Call<C>& c, int6
     tasks += spans[b].chunks() * c.heads;
     read += (spans[b].newest + 1 - spans[b].first) * c.heads;
   }
-  Tensor memory = at::empty({tasks * Part<C>::bytes(c)}, at::kByte);
+  Tensor memory = empty({tasks * Part<C>::bytes(c)}, at::kByte);
   auto parts = (uint8_t*)memory.data_ptr();
   std::vector<std::atomic<int64_t>> done(batch * c.heads);
   const int64_t products = 2 * read * c.rows * c.E;
   split(tasks, std::max<int64_t>(1, tasks * ALONE / products), [&](int64_t begin, int64_t end) {
     const int64_t padded = round_up(c.rows, ROWS_AT_ONCE);
-    Tensor pieces = at::empty({padded * c.pieces() * (int64_t)sizeof(Query<C>)}, at::kByte);
-    Tensor starts = at::empty({padded * (int64_t)sizeof(Start8)}, at::kByte);
+    Tensor pieces = empty({padded * c.pieces() * (int64_t)sizeof(Query<C>)}, at::kByte);
+    Tensor starts = empty({padded * (int64_t)sizeof(Start8)}, at::kByte);
     Queries<C> q{(Query<C>*)pieces.data_ptr(), (Start8*)starts.data_ptr()};
     for (int64_t t = begin, b = 0, prepared = -1; t < end; t++) {
       while (b + 1 < batch && t >= spans[b + 1].task) b++;
@@ -381,7 +380,7 @@ Tensor LIBRARY::decode_attention(const Tensor& q, const Tensor& k, const Tensor&
                 (*given)->sizes() == k.sizes().slice(0, 3))), "scales: a float32 for each slot of an int8 cache");
   auto dense = [](const std::optional<Tensor>& given) { return given ? given->contiguous() : Tensor(); };
   Tensors t{q.contiguous(), k, v, positions.contiguous(), dense(sinks), dense(k_scale), dense(v_scale),
-            at::empty(q.sizes(), q.options())};
+            empty(q.sizes(), q.scalar_type())};
   if (t.y.numel() == 0) return t.y;
   if (q.scalar_type() == at::kFloat) (rounded ? run<float, int8_t> : run<float, float>)(t, scale, window);
   else if (q.scalar_type() == at::kBFloat16)

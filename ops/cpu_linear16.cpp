@@ -9,8 +9,7 @@
 // Glossary: M rows of x, step the columns in a register of weights, pass some rows of x through the same weights,
 // panel the rows of the matrix that all passes go through before the next, as many as stay in the cache.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
+#include <ATen/ops/linear_ops.h>
 
 #include "cpu_common.h"
 #include "cpu_operators.h"
@@ -155,7 +154,7 @@ void run(Tensor& y, const Tensor& x, const Tensor& weight, const std::vector<Row
   if (std::is_same_v<T, Prepared<T>> && columns == inputs) {
     for (int64_t m = 0; m < M; m++) p.x[m] = (const Prepared<T>*)(from + p.order[m] * inputs);
   } else {
-    memory = at::empty({M * columns * (int64_t)sizeof(Prepared<T>)}, at::kByte);
+    memory = empty({M * columns * (int64_t)sizeof(Prepared<T>)}, at::kByte);
     split(M, std::max<int64_t>(1, 32768 / columns), [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; m++) {
         auto row = (Prepared<T>*)memory.data_ptr() + m * columns;
@@ -194,11 +193,11 @@ Tensor LIBRARY::linear16(const Tensor& x_, const Tensor& weight_, const std::opt
   TORCH_CHECK(x_.dim() > 0 && weight_.dim() == (chosen ? 3 : 2) && x_.size(-1) == weight_.size(-1) && x_.size(-1) > 0,
               "x ", x_.sizes(), " and weight ", weight_.sizes(), " do not fit");
   TORCH_CHECK(x_.scalar_type() == weight_.scalar_type(), "x is ", x_.scalar_type(), ", weight ", weight_.scalar_type());
-  if (!chosen && better_in_pytorch(x_, x_.numel() / x_.size(-1))) return at::linear(x_, weight_);
+  if (!chosen && better_in_pytorch(x_, x_.numel() / x_.size(-1))) return at::_ops::linear::call(x_, weight_, {});
   Tensor x = x_.contiguous(), weight = weight_.contiguous();
   std::vector<int64_t> shape = x.sizes().vec(), order(x.numel() / x.size(-1));
   shape.back() = weight.size(-2);
-  Tensor y = at::empty(shape, x.options());
+  Tensor y = empty(shape, x.scalar_type());
   auto groups = rows_of(chosen, weight, weight.size(-2) * weight.size(-1) * 2, order);
   if (y.numel() == 0) return y;
   if (x.scalar_type() == at::kBFloat16) run<at::BFloat16>(y, x, weight, groups, std::move(order));

@@ -6,9 +6,9 @@
 // waited for all others in round t - 1: so nothing that is still to be read is written over.
 // Ranks are added up in their order, so that each has the same bits.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "cpu_common.h"
 #include "cpu_operators.h"
 
 #include <atomic>
@@ -56,15 +56,15 @@ Tensor LIBRARY::exchange(const Tensor& shared, const Tensor& x, int64_t rank, in
       PAUSE();
       if (looks % 64) continue;
       const auto waited = std::chrono::steady_clock::now() - start;
-      if (waited > PATIENCE) return at::empty({0}, x.options());
+      if (waited > PATIENCE) return empty({0}, x.scalar_type());
       if (waited > SPIN) std::this_thread::yield();
     }
   if (!sum) {
-    Tensor all = at::empty({ranks, n}, x.options());
+    Tensor all = empty({ranks, n}, x.scalar_type());
     for (int64_t r = 0; r < ranks; ++r) std::memcpy(all.data_ptr<float>() + r * n, slot(r), n * 4);
     return all;
   }
-  Tensor total = at::empty({n}, x.options());
+  Tensor total = empty({n}, x.scalar_type());
   float* const out = total.data_ptr<float>();
   std::memcpy(out, slot(0), n * 4);
   for (int64_t r = 1; r < ranks; ++r) {

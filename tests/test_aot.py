@@ -139,3 +139,19 @@ def test_a_failed_compilation_leaves_nothing(empty_cache, monkeypatch):
     with pytest.raises(Exception, match="data-dependent"):
         AheadOfTime(step)(Counter(), *arguments(Counter()))
     assert not list(empty_cache.iterdir())
+
+
+@torch.no_grad()
+def test_headers_are_precompiled_only_where_many_packages_are_made(empty_cache, monkeypatch):
+    found = []
+
+    def stop(program, package_path, inductor_configs):
+        found.append(inductor_configs["aot_inductor.precompile_headers"])
+        raise InterruptedError
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", stop)
+    empty_cache.mkdir(parents=True)
+    for i in range(5):
+        with pytest.raises(InterruptedError):
+            AheadOfTime(step)(Counter(), *arguments(Counter()))
+        (empty_cache / f"{i}.pt2").touch()
+    assert found == [False] * 4 + [True]
