@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import device as machine
-import ops
+from ops import fused
 
 
 def missing(device: torch.device) -> str | None:
@@ -32,10 +32,12 @@ def configure(device: torch.device) -> None:
     torch._dynamo.config.capture_scalar_outputs = True  # ops.attended reads the position back on a CPU
     torch._dynamo.config.recompile_limit = 64  # each top_k is a graph of its own, and so is each model
     torch._inductor.config.fallback_random = True  # the same random numbers as eager: one seed, one text
-    torch._inductor.config.post_grad_custom_pre_pass = ops.fusion(device.type)
+    torch._inductor.config.post_grad_custom_pre_pass = fused.fusion(device.type)
     if device.type == "cpu":
-        if torch._inductor.config.cpp.vec_isa_ok is None:  # else it compiles a trial for each set of vector instructions,
-            torch._inductor.config.cpp.vec_isa_ok = True  # 6 s, which any compiler that takes PyTorch's headers passes
+        # Else it compiles a trial for each set of vector instructions, 6 s in all, which every compiler that takes
+        # PyTorch's headers passes. What not all of those know it tries even so.
+        if torch._inductor.config.cpp.vec_isa_ok is None:
+            torch._inductor.config.cpp.vec_isa_ok = True
     else:
         torch._inductor.config.assert_indirect_indexing = False  # no checks of tokens and positions, which are checked
     if device.type == "cuda":

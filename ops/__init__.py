@@ -58,12 +58,6 @@ def loaded(operator: str, device_type: str) -> bool:
 loaded._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import the compiler
 
 
-def fusion(device_type: str) -> object | None:
-    """What is to put `fused.fused_linear` into compiled graphs, where a device has a kernel for it. Imports the
-    compiler."""
-    return importlib.import_module("ops.cuda_fusion").Fusion() if loaded("fused_linear", device_type) else None
-
-
 # -- linear -----------------------------------------------------------------------------------------------------------
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:

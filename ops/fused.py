@@ -4,6 +4,8 @@ the likeliest token. Elsewhere they are taken as the model has them, and the com
 
 Glossary: B batch, S tokens in this call, H heads, E head_dim, K and V widths of keys and values, F feed-forward width.
 """
+import importlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,6 +49,11 @@ def fused_linear(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor
     """
     y = linear(x, weight, scale) if chosen is None else expert_linear(for_each(x, chosen), weight, chosen, scale)
     return finish(y, chosen, x.dtype, *behind)
+
+
+def fusion(device_type: str) -> object | None:
+    """What is to put `fused_linear` into compiled graphs, where a device has a kernel for it. Imports the compiler."""
+    return importlib.import_module("ops.cuda_fusion").Fusion() if loaded("fused_linear", device_type) else None
 
 
 def for_each(x: Tensor, chosen: Tensor) -> Tensor:

@@ -231,7 +231,8 @@ def test_a_peer_that_fails_on_the_way_is_left_out_and_the_others_stay(monkeypatc
 def test_starts_are_those_of_new_processes_with_empty_and_with_filled_caches(tmp_path, monkeypatch):
     stand_in = tmp_path / "python"
     stand_in.write_text(f"#!{sys.executable}\nimport json, os, pathlib, sys\nmark = pathlib.Path(os.environ['XDG_CACHE_"
-                        "HOME'], 'mark')\nassert os.environ['TMPDIR'] == str(mark.parent)\nprint('text', flush=True)\nassert sys.argv[1] == 'generate.py'\n"
+                        "HOME'], 'mark')\nassert os.environ['TMPDIR'] == str(mark.parent)\nprint('text', flush=True)\n"
+                        "assert sys.argv[1] == 'generate.py'\n"
                         "print(json.dumps(dict(load_s=1, compile_s=2 if mark.exists() else 30)))\nmark.touch()\n")
     stand_in.chmod(0o755)
     monkeypatch.setattr(benchmark.sys, "executable", str(stand_in))
