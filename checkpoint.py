@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+import foreign
 from config import read_json
 from errors import UserError
 
@@ -131,11 +132,12 @@ def download(repo: str, folder: Path | None = None) -> Path:
 # -- the files --------------------------------------------------------------------------------------------------------
 
 class Stored(NamedTuple):
-    """A tensor of a file."""
+    """A tensor of a file; one of another tool with the shape and dtype that it has as ours."""
     path: Path
     name: str  # in the file
     shape: tuple[int, ...]
     dtype: str
+    layout: str = ""  # of another tool's (foreign.py)
 
 
 class Part(NamedTuple):
@@ -169,6 +171,7 @@ class Checkpoint:
     def __init__(self, folder: Path, mtp: bool = False) -> None:
         self.folder = folder
         self.tensors: dict[str, Stored] = {}
+        self.aside: dict[str, Stored] = {}  # what another tool says of them
         self.held: tuple[Path, safe_open] | None = None  # the file being read
         self.resident = 0  # bytes read since it was opened
         listed = self.shards()
@@ -184,13 +187,18 @@ class Checkpoint:
 
     def add(self, path: Path, name: str, part) -> None:
         dtype = part.get_dtype()
-        if dtype not in STORED and dtype not in QUANTIZED:
-            raise UserError(f"{path.name}: {name} has dtype {dtype}; supported: {', '.join(STORED)}")
         plain = PREFIX.sub("", name)
         if plain != name and not plain.startswith("lm_head."):
             plain = f"model.{plain}"
         plain = MTP.sub("", plain)
-        self.tensors[plain] = Stored(path, name, tuple(part.get_shape()), dtype)
+        if plain.endswith(foreign.ASIDE):
+            self.aside[plain] = Stored(path, name, tuple(part.get_shape()), dtype)
+            return
+        plain, shape, layout = foreign.renamed(plain, tuple(part.get_shape()))
+        dtype = "U8" if "bits" in layout and dtype == "I32" else dtype
+        if dtype not in STORED and dtype not in QUANTIZED:
+            raise UserError(f"{path.name}: {name} has dtype {dtype}; supported: {', '.join(STORED)}")
+        self.tensors[plain] = Stored(path, name, shape, dtype, layout)
 
     def shards(self) -> dict[Path, list[str] | None]:
         """File -> the tensors the index expects in it (None: whatever it holds)."""
@@ -235,7 +243,10 @@ class Checkpoint:
     def copy(self, name: str, target: torch.Tensor) -> None:
         """Read one tensor into `target`, of as many numbers in the same order."""
         stored = self.tensors[name]
-        target.copy_(self.file_of(stored, target.nbytes).get_tensor(stored.name).view_as(target))
+        file = self.file_of(stored, target.nbytes)
+        found = foreign.read(file.get_slice(stored.name), stored.layout) if stored.layout else \
+            file.get_tensor(stored.name)
+        target.copy_(found.view_as(target))
 
     def part(self, name: str, i: int, *inner: slice) -> torch.Tensor:
         """The i-th of the tensor's leading dimension, or what is wanted of that."""
@@ -243,8 +254,8 @@ class Checkpoint:
         return self.file_of(stored, 4 * math.prod(stored.shape[1:])).get_slice(stored.name)[(i, *inner)]
 
     def whole(self, name: str) -> torch.Tensor:
-        """One tensor as it is."""
-        stored = self.tensors[name]
+        """One tensor as it is in the file."""
+        stored = self.tensors.get(name) or self.aside[name]
         part = self.file_of(stored, 4 * math.prod(stored.shape)).get_tensor(stored.name)
         return part.clone()  # of the file's pages, which are given back
 
@@ -286,7 +297,8 @@ class Checkpoint:
             file = self.file_of(stored, (end - start) * (columns.stop - columns.start) * itemsize)
             e, row = divmod(start, inner) if inner > 1 else (start, 0)
             where = (e, slice(row, row + end - start)) if inner > 1 else (slice(start, end), *[0] * (len(leading) - 1))
-            found = file.get_slice(stored.name)[(*where, columns) if width > 1 else where]
+            where, found = (*where, columns) if width > 1 else where, file.get_slice(stored.name)
+            found = foreign.read(found, stored.layout, *where) if stored.layout else found[where]
             yield found.reshape(end - start, -1)
 
     def sources(self, parameter: str, experts: int) -> list[str]:

@@ -22,6 +22,7 @@ from config import (
     read_ropes,
 )
 from errors import UserError
+from foreign import quantization_of
 
 
 def read_layers(source: Source, pattern: Callable[[int], str] = lambda i: "full") -> tuple[str, ...]:
@@ -274,13 +275,12 @@ def config_from_dict(document: dict[str, Any]) -> ModelConfig:
 
 
 def read_quantization(found: dict[str, Any], family: Callable[[Source], ModelConfig]) -> Quantization | None:
-    """What quantize.py wrote of itself. gpt-oss's MXFP4 is widened while loading, so it counts as none."""
+    """What quantize.py or another tool wrote. gpt-oss's MXFP4 is widened while loading, so it counts as none."""
     method = found.get("quant_method")
     if not found or (method == "mxfp4" and family is gpt_oss):
         return None
     if method != "readonce":
-        raise UserError(f"config.json has a quantization_config of {method!r}; checkpoints quantized by other tools "
-                        f"are not supported, take the unquantized one")
+        return quantization_of(found)
     if unknown := found.keys() - {"quant_method", "mode", "groupsize", "calibrated"}:
         raise UserError(f"config.json has {sorted(unknown)[0]!r} in its quantization_config, which is not known here")
     return Quantization(checked(found, "mode", str), checked(found, "groupsize", int, 32))

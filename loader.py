@@ -14,21 +14,32 @@ from tqdm import tqdm
 
 import device as machine
 from checkpoint import QUANTIZED, Checkpoint, Part, Stored, is_column, matrix
+from config import Quantization
 from errors import UserError
+from foreign import INSTEAD, verify
+
+ENDS = ("tok_embeddings.scale", "output.scale")
 
 # -- what is read from where ------------------------------------------------------------------------------------------
 
 def plan(model: nn.Module, checkpoint: Checkpoint, rounded: bool = False) -> dict[str, list[str]]:
     """Parameter -> the tensors it is read from. Missing, extra or wrongly shaped tensors are errors that name them.
 
-    `rounded`: the model is quantized and the file is not; a scale is then read from nothing.
+    `rounded`: the model is quantized and the file is not; a scale is then read from nothing. So are those of embedding
+    and head where another tool made the file.
     """
     experts = model.config.experts.n_experts if model.config.experts else 0
-    parameters = {name: p for name, p in model.named_parameters() if not (rounded and name.endswith(".scale"))}
+    quantization = model.config.quantization
+    left = ENDS if quantization and quantization.tool != "readonce" else ()
+    parameters = {name: p for name, p in model.named_parameters()
+                  if not (name.endswith(".scale") and (rounded or name in left))}
     found = {name: checkpoint.sources(name, experts) for name in parameters}
     expected = {name for names in found.values() for name in names}
+    if left:
+        look_at_foreign(checkpoint, expected, quantization)
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()  # some exports repeat the embedding
     extra = sorted(stored.name for name, stored in checkpoint.tensors.items() if name not in expected | tied)
+    extra += sorted(stored.name for stored in checkpoint.aside.values()) if not left else []
     missing = sorted(expected - checkpoint.tensors.keys())
     for problem, names in (("lacks", missing), ("has unknown", extra)):
         if names:
@@ -37,13 +48,24 @@ def plan(model: nn.Module, checkpoint: Checkpoint, rounded: bool = False) -> dic
             if all(name.startswith("mtp.") for name in names):
                 cause = ("its multi-token-prediction head cannot be used: get a checkpoint that has it whole, or go "
                          "without (mtp_num_hidden_layers 0 in config.json)")
+            elif left and all(name.endswith("_scale") for name in names):
+                cause = f"but for embedding and head all matrices must be int4; {INSTEAD}"
             raise UserError(f"{checkpoint.folder} {problem} tensors {', '.join(names[:3])}{more}; {cause}")
     for parameter, p in parameters.items():
         parts = [checkpoint.tensors[name] for name in found[parameter]]
-        if rounded and not p.is_floating_point():
+        if not p.is_floating_point() and f"{parameter.removesuffix('weight')}scale" not in parameters:
             p = torch.empty(model.get_submodule(parameter.rpartition(".")[0]).shape, device="meta")
         check(checkpoint.folder, parts, p, is_column(parameter, p), turned(model, checkpoint, parameter))
     return found
+
+
+def look_at_foreign(checkpoint: Checkpoint, expected: set[str], quantization: Quantization) -> None:
+    """Check what another tool says of its numbers; forget biases of zeros, which old GPTQ files have everywhere."""
+    for name in checkpoint.aside:
+        verify(name, checkpoint.whole(name), quantization)
+    for name in [name for name in checkpoint.tensors.keys() - expected if name.endswith(".bias")]:
+        if not checkpoint.whole(name).any():
+            del checkpoint.tensors[name]
 
 
 def check(folder: Path, parts: list[Stored], p: torch.Tensor, column: bool, is_turned: bool) -> None:

@@ -1,0 +1,89 @@
+"""int4 of other tools, where it says what ours says: symmetric, with a scale for each group of adjacent columns.
+
+    GPTQ (AutoGPTQ, GPTQModel)             qweight int32 [in / 8, out], scales [in / g, out], qzeros, g_idx
+    compressed-tensors (llm-compressor)    weight_packed int32 [out, in / 8], weight_scale [out, in / g], weight_shape
+
+Eight numbers lie in an int32, the first in its lowest bits: taken as bytes, that is our format (ops/__init__.py),
+turned or not. So nothing is computed, and the numbers are the same; scales become float16. The layouts are those of
+github.com/ModelCloud/GPTQModel and github.com/vllm-project/compressed-tensors.
+"""
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import Quantization
+from errors import UserError
+
+LAYOUTS = {"qweight": ("weight", "turned bits"), "scales": ("weight_scale", "turned"),
+           "weight_packed": ("weight", "bits")}  # by the end of a name: our end, and how it lies there
+ASIDE = (".qzeros", ".g_idx", ".weight_shape")  # say only what `verify` looks at, or what shapes say
+ZEROS = {"gptq": 0x77, "gptq_v2": 0x88}  # two zero points of 8 in a byte; the first format keeps one less
+INSTEAD = "take another, or the checkpoint before quantization with --quantize int4"
+
+
+# -- what a config.json says ------------------------------------------------------------------------------------------
+
+def quantization_of(found: dict[str, Any]) -> Quantization:
+    """Of another tool's quantization_config. UserError that names what our int4 cannot say."""
+    tool = found.get("quant_method")
+    if tool == "gptq":
+        require(found, tool, bits=(4,), sym=(True,), group_size=Quantization.GROUPS, lm_head=(None, False),
+                checkpoint_format=(None, *ZEROS), dynamic=(None, {}))
+        return Quantization("int4", found["group_size"], found.get("checkpoint_format") or tool)
+    if tool != "compressed-tensors":
+        raise UserError(f"config.json has a quantization_config of {tool!r}; supported: readonce, and symmetric int4 "
+                        f"of gptq and compressed-tensors; {INSTEAD}")
+    groups = found.get("config_groups")
+    group, *more = groups.values() if isinstance(groups, dict) and groups else [None]
+    if more or not isinstance(group, dict) or not isinstance(weights := group.get("weights"), dict):
+        raise UserError(f"config.json has config_groups={str(groups)[:99]} of {tool}; supported: one group, of "
+                        f"weights; {INSTEAD}")
+    require(found, tool, format=("pack-quantized",), kv_cache_scheme=(None,), sparsity_config=(None, {}),
+            transform_config=(None, {}))
+    require(group, tool, targets=(["Linear"],), format=(None, "pack-quantized"), input_activations=(None,),
+            output_activations=(None,))
+    require(weights, tool, num_bits=(4,), type=("int",), symmetric=(True,), strategy=("group",),
+            group_size=Quantization.GROUPS, actorder=(None, "weight", "static"), dynamic=(None, False))
+    return Quantization("int4", weights["group_size"], tool)
+
+
+def require(found: dict[str, Any], tool: str, **allowed: tuple) -> None:
+    for key, values in allowed.items():
+        have = found.get(key)
+        if not any(have == value and type(have) is type(value) for value in values):  # 1 is not True
+            said = " or ".join(repr(value) for value in values if value is not None)
+            raise UserError(f"config.json has {key}={have!r} in its quantization_config of {tool}; supported: {said}; "
+                            f"{INSTEAD}")
+
+
+# -- what the files hold ----------------------------------------------------------------------------------------------
+
+def renamed(name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...], str]:
+    """A tensor of a file as ours: its name, its shape and how it lies there; "": as we have it."""
+    owner, _, end = name.rpartition(".")
+    end, layout = LAYOUTS.get(end, (end, ""))
+    shape = shape[::-1] if "turned" in layout else shape
+    if "bits" in layout:
+        shape = *shape[:-1], shape[-1] * 4  # bytes
+    return f"{owner}.{end}", shape, layout
+
+
+def read(part: Any, layout: str, rows: slice = slice(None), columns: slice | int = slice(None)) -> Tensor:
+    """Rows and columns of what a safetensors slice holds, as ours [rows, columns]."""
+    if "bits" in layout and columns != slice(None):
+        assert columns.start % 4 == columns.stop % 4 == 0
+        columns = slice(columns.start // 4, columns.stop // 4)
+    found = part[columns, rows].T if "turned" in layout else part[rows, columns]
+    return found.contiguous().view(torch.uint8) if "bits" in layout else found
+
+
+def verify(name: str, numbers: Tensor, quantization: Quantization) -> None:
+    """UserError if a tensor of those `ASIDE` says that the numbers are not what ours would mean."""
+    problem = ""
+    if name.endswith(".qzeros") and (numbers.view(torch.uint8) != ZEROS[quantization.tool]).any():
+        problem = "has zero points that are not 8"
+    if name.endswith(".g_idx") and (numbers != torch.arange(len(numbers)) // quantization.group).any():
+        problem = "has groups of columns that are not adjacent (desc_act)"
+    if problem:
+        raise UserError(f"{name} {problem}: such int4 is not supported; {INSTEAD}")

@@ -1,0 +1,168 @@
+"""int4 folders of other tools hold the same numbers as ours, or are refused by name.
+
+Their layouts are written here from what they are said to be, a number at a time.
+"""
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_tp import SPECULATIVE, save
+from torch import Tensor
+
+from config import Quantization, read_json
+from errors import UserError
+from families import config_from_dict
+from generate import load_model
+from loader import load_weights
+from model import Transformer
+from ops import unpack_int4
+from quantize import quantize_, quantize_folder
+from tp import CutTransformer
+
+GROUP = 32
+CONFIGS = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False, "lm_head": False},
+    "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+                           "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": None, "weights": {
+                               "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
+                               "group_size": GROUP, "dynamic": False}}}}}
+CONFIGS["gptq_v2"] = CONFIGS["gptq"] | {"checkpoint_format": "gptq_v2"}
+
+
+FAMILIES = {"Qwen2.5": {}, "Qwen3-MoE": {"moe_intermediate_size": 128},
+            "Qwen3.5": {"linear_num_key_heads": 4, "linear_num_value_heads": 8}}
+
+
+def words(q: Tensor) -> Tensor:
+    """Numbers 0 .. 15 [rows, in] -> int32 [rows, in / 8], the first in the lowest bits."""
+    bits = sum(q[:, i::8].long() << 4 * i for i in range(8))
+    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
+
+
+def as_theirs(tool: str, name: str, q: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """One matrix: q 0 .. 15 [out, in], scale [out, n]."""
+    owner = name.removesuffix(".weight")
+    if tool == "compressed-tensors":
+        return {f"{owner}.weight_packed": words(q), f"{owner}.weight_scale": scale,
+                f"{owner}.weight_shape": torch.tensor(q.shape)}
+    zeros = torch.full_like(scale, 8 if tool == "gptq_v2" else 7)
+    return {f"{owner}.qweight": words(q).T, f"{owner}.scales": scale.T,
+            f"{owner}.qzeros": words(zeros.T), f"{owner}.g_idx": torch.arange(q.shape[1]).int() // GROUP}
+
+
+def make(tool: str, family: str, folder: Path) -> tuple[Path, Path]:
+    """A folder of ours in int4, and the same numbers as the tool would have them."""
+    plain, ours, theirs = (folder / name for name in ("plain", "ours", "theirs"))
+    save(plain, family, **SPECULATIVE, **FAMILIES[family])
+    quantize_folder(plain, ours, Quantization("int4", GROUP))
+    tensors = load_file(plain / "model.safetensors")
+    for name, t in (numbers := load_file(ours / "model.safetensors")).items():
+        if t.dtype == torch.uint8:
+            del tensors[name]
+            tensors |= as_theirs(tool, name, unpack_int4(t) + 8, numbers[f"{name}_scale"])
+    theirs.mkdir()
+    save_file({name: t.contiguous() for name, t in tensors.items()}, theirs / "model.safetensors")
+    (theirs / "config.json").write_text(json.dumps(
+        read_json(plain / "config.json") | {"quantization_config": CONFIGS[tool]}))
+    return ours, theirs
+
+
+def load(folder: Path, rank: int | None = None) -> dict[str, Tensor]:
+    config = config_from_dict(read_json(folder / "config.json"))
+    with torch.device("meta"):
+        whole = Transformer(config)
+        model = whole if rank is None else CutTransformer(config, rank, 2)
+    for each in {id(model): model, id(whole): whole}.values():
+        quantize_(each, config.quantization)
+    load_weights(model, folder, torch.device("cpu"), torch.float32, whole=whole)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tool", CONFIGS)
+def test_numbers_of_other_tools_are_ours_bit_for_bit_whole_and_in_parts(tool, family, tmp_path):
+    ours, theirs = make(tool, family, tmp_path)
+    for rank in (None, 0, 1):
+        expected, found = load(ours, rank), load(theirs, rank)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_words_are_those_of_the_tools():
+    """Eight numbers as compressed-tensors 0.20 packed them, and GPTQModel 7.7 the same ones down a column."""
+    assert words(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 15]])).tolist() == [[-0x9ABCDF0]]
+
+
+def change(folder: Path, end: str, new) -> Path:
+    """The folder with new(tensor) in place of the first tensor whose name ends so; None takes it away."""
+    tensors = load_file(folder / "model.safetensors")
+    name = min(name for name in tensors if name.endswith(end))
+    value = new(tensors.pop(name))
+    save_file(tensors | ({} if value is None else {name: value.contiguous()}), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("tool, end, new, said", [
+    ("gptq", "qzeros", lambda t: t + 1, "down_proj.qzeros has zero points that are not 8"),
+    ("gptq_v2", "qzeros", lambda t: t - 0x11111111, "zero points that are not 8"),
+    ("gptq", "g_idx", lambda t: t.flip(0), "g_idx has groups of columns that are not adjacent (desc_act)"),
+    ("gptq", "scales", lambda t: t[1:], "down_proj.scales has shape"),
+    ("gptq", "qweight", lambda t: t.short(), "qweight has dtype I16"),
+    ("gptq", "q_proj.scales", lambda t: None, "q_proj.weight_scale; but for embedding and head all matrices must be"),
+    ("compressed-tensors", "weight_packed", lambda t: None, "lacks tensors")])
+def test_numbers_that_ours_cannot_say_are_named(tool, end, new, said, tmp_path):
+    _, theirs = make(tool, "Qwen2.5", tmp_path)
+    with pytest.raises(UserError, match=re.escape(said)):
+        load(change(theirs, end, new))
+
+
+def test_what_another_tool_says_of_its_numbers_is_unknown_elsewhere(tmp_path):
+    quantize_folder(save(tmp_path / "plain", "Qwen2.5"), tmp_path / "ours", Quantization("int8"))
+    tensors = load_file(tmp_path / "ours" / "model.safetensors")
+    save_file(tensors | {"model.layers.0.x.g_idx": torch.zeros(3).int()}, tmp_path / "ours" / "model.safetensors")
+    with pytest.raises(UserError, match=r"has unknown tensors model\.layers\.0\.x\.g_idx;"):
+        load(tmp_path / "ours")
+
+
+def test_biases_of_zeros_where_a_family_has_none_are_passed_over(tmp_path):
+    """AutoGPTQ once wrote them for every matrix."""
+    ours, theirs = make("gptq", "Qwen2.5", tmp_path)
+    tensors = load_file(theirs / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.bias"
+    save_file(tensors | {name: torch.zeros(128)}, theirs / "model.safetensors")
+    expected, found = load(ours), load(theirs)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    save_file(tensors | {name: torch.ones(128)}, theirs / "model.safetensors")
+    with pytest.raises(UserError, match=r"has unknown tensors .*o_proj\.bias"):
+        load(theirs)
+
+
+GPTQ, COMPRESSED = CONFIGS["gptq"], CONFIGS["compressed-tensors"]
+
+
+def with_weights(**more) -> dict:
+    group = COMPRESSED["config_groups"]["group_0"]
+    return COMPRESSED | {"config_groups": {"group_0": group | {"weights": group["weights"] | more}}}
+
+
+@pytest.mark.parametrize("said, named", [
+    (GPTQ | {"bits": 8}, "bits=8"), (GPTQ | {"bits": True}, "bits=True"), (GPTQ | {"sym": False}, "sym=False"),
+    (GPTQ | {"group_size": -1}, "group_size=-1"), (GPTQ | {"lm_head": True}, "lm_head=True"),
+    (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
+    (GPTQ | {"dynamic": {"-:x": {}}}, "dynamic"),
+    (COMPRESSED | {"format": "int-quantized"}, "format='int-quantized'"),
+    (COMPRESSED | {"config_groups": {"a": {}, "b": {}}}, "one group"), (COMPRESSED | {"config_groups": 3}, "one group"),
+    (COMPRESSED | {"sparsity_config": {"format": "dense"}}, "sparsity_config"),
+    (with_weights(symmetric=False), "symmetric=False"), (with_weights(num_bits=8), "num_bits=8"),
+    (with_weights(strategy="channel"), "strategy='channel'"), (with_weights(actorder="group"), "actorder='group'"),
+    ({"quant_method": "awq", "bits": 4}, "'awq'"), ({"quant_method": ["gptq"]}, "['gptq']")])
+def test_quantizations_that_ours_cannot_say_are_named_before_a_tensor_is_read(said, named, tmp_path):
+    save(tmp_path, "Qwen2.5")
+    document = read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(document | {"quantization_config": said}))
+    with pytest.raises(UserError, match=re.escape(named)) as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value) and "--quantize int4" in str(error.value)
