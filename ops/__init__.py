@@ -196,10 +196,15 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         one = torch.ones(len(weight), dtype=x.dtype)  # the scales come after, in float32
         y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), weight.contiguous(), one) * scale
         return y.to(x.dtype).view(*x.shape[:-1], -1)
-    rows = max(1, WIDENED // x.shape[-1])
-    parts = [F.linear(x, dequantize(w, s).to(x.dtype))
-             for w, s in zip(weight.split(rows), scale.split(rows), strict=True)]
-    return torch.cat(parts, -1)
+    return linear_by_blocks(x, weight, scale, WIDENED, lambda *block: dequantize(*block).to(x.dtype))
+
+
+def linear_by_blocks(x: Tensor, weight: Tensor, scale: Tensor, numbers: int,
+                     widen: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """x times a matrix, of which so many numbers at a time are made wide, rows [r, in] of both its tensors."""
+    rows = max(1, numbers // x.shape[-1])
+    parts = [F.linear(x, widen(*block)) for block in zip(weight.split(rows), scale.split(rows), strict=True)]
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
 @torch.library.register_fake("readonce::quantized_linear")

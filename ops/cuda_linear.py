@@ -1,5 +1,5 @@
-"""A Triton kernel for matrices and few rows, of 16 bits or quantized. Imported by `ops.bind`, where there is an NVIDIA
-GPU.
+"""A Triton kernel for matrices and few rows, of 16 bits or quantized, and one that makes quantized ones wide for more
+rows. Imported by `ops.bind`, where there is an NVIDIA GPU.
 
 Not yet run on a GPU: the arithmetic is tested on a CPU through Triton's interpreter, the PTX by working it out
 (tests/test_cuda_ops.py), and what is said of instructions was counted in the machine code that Triton makes for an
@@ -23,6 +23,8 @@ from ops import fused
 from ops.cuda_pdl import await_inputs, launch_options, prefetch_rows
 
 MOST_ROWS = 16  # that the kernel takes: one tensor core instruction; from there up a matmul is worth a wide copy
+WIDENED = 1 << 27  # numbers of a quantized matrix made wide at a time, for more rows: 256 MB
+STEP = 2048  # bytes that a program makes wide
 PROGRAMS = 256  # at least so many where the matrix allows it: about two for each multiprocessor
 PREFETCHED = 1 << 16  # bytes that a program asks for before it may read x: with PROGRAMS of them a third of an L2 cache
 
@@ -238,6 +240,23 @@ def few_rows(x, weight, scale, chosen, rms_of, bias, residual, gain, y, rows, ou
                    ROWS)
 
 
+@triton.jit
+def widen(weight, scale, y, IN: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr):
+    """STEP bytes of a row of a quantized matrix, as floats: `ops.dequantize`."""
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * STEP + tl.arange(0, STEP)
+    await_inputs(PDL)
+    if GROUP == 0:
+        q = tl.load(weight + row * IN + at, mask=at < IN, other=0).to(tl.float32)
+        tl.store(y + row * IN + at, (q * tl.load(scale + row)).to(y.dtype.element_ty), mask=at < IN)
+    else:
+        q = tl.load(weight + row * (IN // 2) + at, mask=at < IN // 2, other=0)
+        s = tl.load(scale + row * (IN // GROUP) + at // (GROUP // 2), mask=at < IN // 2, other=0.0).to(tl.float32)
+        low, high = ((q & 15).to(tl.int8) - 8).to(tl.float32), ((q >> 4).to(tl.int8) - 8).to(tl.float32)
+        column = tl.program_id(1) * 2 * STEP + tl.arange(0, 2 * STEP)
+        both = tl.interleave(low * s, high * s).to(y.dtype.element_ty)
+        tl.store(y + row * IN + column, both, mask=column < IN)
+
+
 def tile_for(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None = None) -> Tile:
     """That of x [N, rows, in] and a matrix, or some that are chosen out of several."""
     (outputs, length), group = weight.shape[-2:], group_of(x, scale)
@@ -300,7 +319,18 @@ def product_of_many(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Ten
     if chosen is not None:
         return ops.by_expert(fused.for_each(x, chosen), weight.shape[1], chosen,
                              lambda rows, e: linear(rows, weight[e], None if scale is None else scale[e]))
-    return F.linear(x, weight) if scale is None else ops.quantized_linear(x, weight, scale)
+    if scale is None:
+        return F.linear(x, weight)
+    return ops.linear_by_blocks(x, weight, scale, WIDENED, lambda *block: widened(x, *block))
+
+
+def widened(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """A quantized matrix [out, in] for x [..., in]. PyTorch's steps to it are ten kernels, of which a prompt of a few
+    hundred tokens would do little else."""
+    y = x.new_empty(len(weight), x.shape[-1])
+    grid = len(weight), triton.cdiv(weight.shape[1], STEP)
+    widen[grid](weight, scale, y, IN=x.shape[-1], GROUP=group_of(x, scale), STEP=STEP, **launch_options(x))
+    return y
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None, chosen: Tensor | None = None) -> Tensor:

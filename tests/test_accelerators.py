@@ -6,6 +6,7 @@ waits for the host on the way.
 
 Text is compared in float32, token for token.
 """
+import importlib
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import sys
 import pytest
 import torch
 from conftest import DEMO, ROOT
-from test_cuda_ops import CASES, check_attend_heads, check_fused_linear, check_linear, folded, inputs
+from test_cuda_ops import CASES, check_attend_heads, check_fused_linear, check_linear, check_widened, folded, inputs
 from tiny_models import FAMILIES, each, exact_twin, load, reference_model, run
 
 import compiler
@@ -101,6 +102,7 @@ def test_the_steps_between_products_are_the_models(device, dtype, bound):
         there = (t.to(device) if isinstance(t, torch.Tensor) else t for t in given)
         return torch.ops.readonce.fused_linear(*there).cpu()
     check_fused_linear(fused_linear, dtype, (None, 0, 32, 128) if dtype != torch.float32 else (0, 32, 128))
+    check_widened(importlib.import_module("ops.cuda_linear").widened, dtype, device)  # which needs Triton
 
 
 @pytest.mark.parametrize("rows", [1, 7, 65])

@@ -55,10 +55,11 @@ def recorded(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(cuda_linear, "understands", lambda device, dtype: dtype != FP32)
     found = {}
-    for room, name in ((cuda_attention, "attend_split"), (cuda_attention, "join_splits"),
-                       (cuda_attention, "attend_and_join"), (cuda_linear, "few_rows"), (cuda_delta, "delta_head")):
-        found[name] = Recorder(getattr(room, name))
-        monkeypatch.setattr(room, name, found[name])
+    for room, names in ((cuda_attention, ("attend_split", "join_splits", "attend_and_join")),
+                        (cuda_linear, ("few_rows", "widen")), (cuda_delta, ("delta_head",))):
+        for name in names:
+            found[name] = Recorder(getattr(room, name))
+            monkeypatch.setattr(room, name, found[name])
     return found
 
 
@@ -158,6 +159,15 @@ def test_matrices_compile_for_every_card_and_are_read_in_whole_pieces(recorded, 
         assert card != 90 or spilled(compiled, tmp_path) == 0
 
 
+@pytest.mark.parametrize("group", [32, 0])
+def test_matrices_are_made_wide_16_bytes_at_a_time(recorded, tmp_path, group):
+    multiply(4096, 14336, group, 17, BF16)
+    for card in (75, 90):
+        code = (compiled := recorded["widen"].compile(card)).asm["ptx"]
+        assert re.search(r"ld\.global\S*\.v4\.b32", code) and re.search(r"st\.global\S*\.v4\.b32", code)
+        assert spilled(compiled, tmp_path) == 0
+
+
 def in_its_loop(compiled, folder: Path) -> int:
     """Instructions of the longest way back in the machine code, which is the loop over K."""
     (folder / "code").write_bytes(compiled.asm["cubin"])
@@ -210,12 +220,14 @@ GLOBAL = r"(ld\.global|st\.global|cp\.async\.c[ag]\.shared\.global|atom\.|red\.)
 
 
 @pytest.mark.parametrize("name", ["attend_split", "join_splits", "int4", "int8", "16 bits", "experts", "fused",
-                                  "delta_head", "attend_and_join"])
+                                  "delta_head", "attend_and_join", "widen"])
 def test_a_kernel_that_starts_early_waits_before_it_touches_what_others_wrote(recorded, name):
     if name == "delta_head":
         delta_step(32, 2, 128, 1, BF16)
     elif name == "attend_and_join":
         attend_heads(8, 4, 1, 128, BF16)
+    elif name == "widen":
+        multiply(4096, 4096, 32, 17, BF16)
     elif name in recorded:
         attend(8, 4, 1, 128, BF16)
     elif name == "fused":

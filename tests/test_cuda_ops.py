@@ -222,6 +222,16 @@ def check_linear(linear, dtype: torch.dtype, groups: tuple[int | None, ...] = (N
                          (group, x.shape, chosen))
 
 
+def check_widened(widened, dtype: torch.dtype, device: str = "cpu") -> None:
+    """`ops.dequantize` to the bit, for rows longer and shorter than what a program takes."""
+    for group, length in itertools.product((0, 32, 128), (3, 40)):
+        outputs, inputs = random.randint(1, 9), (group or 127) * random.randint(1, length)
+        weight, scale = matrix(outputs, inputs, group, dtype)
+        x = torch.empty(1, inputs, dtype=dtype)
+        got = widened(*(t.to(device) for t in (x, weight, scale))).cpu()
+        assert torch.equal(got, ops.dequantize(weight, scale).to(dtype)), (group, dtype, inputs)
+
+
 def check_fused_linear(fused_linear, dtype: torch.dtype, groups: tuple[int | None, ...] = (None, 0, 32, 128)) -> None:
     """As `fused.fused_linear` says, in float64: what is done to products, each alone and together; with a matrix, and
     with several for each row."""
@@ -267,9 +277,10 @@ def test_the_kernel_for_few_rows_is_exact_to_rounding_and_reads_nothing_past_its
         import sys
         sys.path.insert(0, {str(ROOT / "tests")!r})
         import torch
-        from test_cuda_ops import check_fused_linear, check_linear
+        from test_cuda_ops import check_fused_linear, check_linear, check_widened
         from ops import cuda_linear
-        for dtype in (torch.float32, torch.float16):  # the interpreter cannot multiply bfloat16
+        for dtype in (torch.float32, torch.float16):  # the interpreter cannot multiply bfloat16, or round to it
+            check_widened(cuda_linear.widened, dtype)
             check_linear(lambda *given: cuda_linear.fused_linear(*given[:4], *cuda_linear.Behind(given[4]))[0], dtype)
             check_fused_linear(cuda_linear.fused_linear, dtype, (None, 0, 32, 128) if dtype == torch.float32 else (32,))
         print("equal")
