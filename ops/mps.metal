@@ -175,3 +175,23 @@ kernel void plain_linear(device const X* x, device const X4* weight, device X* y
   all_columns(x, weight, sum, m, n, M, K, N, lane);
   store(y, sum, m, n, M, N, lane);
 }
+
+// -- quantized matrices made wide, for more rows of x than XROWS is for ----------------------------------------------
+
+// weight [N, K / 2] bytes, scale [N, K / g] -> y [N, K]; a thread makes four numbers
+kernel void int4_widen(device const ushort* weight, device const half* scale, device X* y,
+                       constant long& inputs, constant long& shift, uint2 at [[thread_position_in_grid]]) {
+  const uint K = uint(inputs), first = at.y * (K / 4) + at.x;
+  const float s = float(scale[at.y * (K >> shift) + (at.x * 4 >> shift)]);
+  const ushort bits = weight[first];
+  UNROLL for (uint i = 0; i < 4; i++) {
+    y[first * 4 + i] = X((float(bits >> (4 * i) & 15) - 8) * s);
+  }
+}
+
+// weight [N, K], scale [N] -> y [N, K]
+kernel void int8_widen(device const char* weight, device const float* scale, device X* y, constant long& inputs,
+                       uint2 at [[thread_position_in_grid]]) {
+  const uint i = at.y * uint(inputs) + at.x;
+  y[i] = X(float(weight[i]) * scale[at.y]);
+}

@@ -20,6 +20,7 @@ ROWS = 4  # of a matrix, worked by a simdgroup
 SIMDGROUPS = 2  # to a threadgroup
 XROWS = 4  # rows of x at most that share one reading of the weights
 FEW = 16  # rows of x up to which the kernels are used; past them the matrix is made wide once and multiplied
+WIDENED = 1 << 24  # numbers made wide at a time, which the larger chips' last cache holds
 THREADS = 1024  # to a threadgroup at most, on every Apple GPU
 LONG = 1024  # slots of a cache past which several threadgroups share a head
 GROUPS = 64  # threadgroups that fill a GPU of 40 cores
@@ -85,12 +86,27 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         y = torch._weight_int8pack_mm(x.reshape(rows, inputs), weight.contiguous(), one) * scale
         return y.to(x.dtype).view(*x.shape[:-1], outputs)
     if not 0 < rows <= FEW or inputs % 4:
-        return ops.quantized_linear(x.flatten(0, -2), weight, scale).view(*x.shape[:-1], outputs)
+        y = ops.linear_by_blocks(x.flatten(0, -2), weight, scale, WIDENED, lambda *block: widened(x, *block))
+        return y.view(*x.shape[:-1], outputs)
     kernels, blocks = kernels_for(x.dtype, rows)
     kernel = kernels.int8_linear if weight.dtype == torch.int8 else kernels.int4_linear
     y = x.new_empty(*x.shape[:-1], outputs)
     kernel(x.contiguous(), weight.contiguous(), scale.contiguous(), y, rows, *last_arguments(weight, scale, inputs),
            **lane_grid(blocks, outputs))
+    return y
+
+
+def widened(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """`ops.dequantize` of a matrix [N, K], as numbers of x [..., K]; PyTorch's steps to it are ten kernels."""
+    kernels, inputs = kernels_for(x.dtype, 1)[0], x.shape[-1]
+    y = x.new_empty(len(weight), inputs)
+    if weight.dtype == torch.int8:
+        kernels.int8_widen(weight.contiguous(), scale.contiguous(), y, inputs, threads=[inputs, len(weight), 1],
+                           group_size=[32, 8, 1])
+    else:
+        *_, shift = last_arguments(weight, scale, inputs)
+        kernels.int4_widen(weight.contiguous(), scale.contiguous(), y, inputs, shift,
+                           threads=[inputs // 4, len(weight), 1], group_size=[32, 8, 1])
     return y
 
 

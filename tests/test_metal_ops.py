@@ -75,6 +75,15 @@ def test_many_rows_or_none_have_the_same_results_as_few(machine, kind):
             close(call("quantized_expert_linear", machine, x, weight, scale, chosen), x, weight, scale, chosen)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_many_rows_meet_the_matrix_as_it_is_rounded_once(machine, kind, dtype):
+    inputs = random.randint(17, 150) if kind == "int8" else kind * random.randint(1, 4)
+    weight, scale = quantized(kind, random.choice((1, 21, 131)), inputs)  # of int8 and bfloat16 not PyTorch's own
+    y = call("quantized_linear", machine, torch.eye(inputs, dtype=dtype), weight, scale).cpu()
+    assert torch.equal(y, ops.dequantize(weight, scale).to(dtype).mT)
+
+
 def test_leading_dimensions_and_strides_do_not_matter(machine):
     x, (weight, scale) = vectors(torch.bfloat16, 6, 128), quantized(64, 9, 64)
     y = call("quantized_linear", machine, x.view(2, 3, 128)[..., 64:], weight, scale)
