@@ -6,7 +6,12 @@
 Weights are read once a step for all rows. Each row has a position of its own, so prompts may have any lengths and
 texts end when they do; nothing is padded. A prompt is read alone, into caches of one row, and then moves into a free
 row of the model's. So no step changes its shape, no row sees another's tokens, and a long prompt is read in chunks
-between the steps of the others. A free row stands at position 0, where it sees nothing and hurts nothing.
+between the steps of the others. A free row stands at position 0, where it sees nothing and hurts nothing but what it
+held there.
+
+What a prompt has in common with a text that is in a row, or was the last one there, is copied from it and not read
+again: the turns of a chat, one system prompt for all. That needs layers that all keep whole texts, and the rounding of
+16 bits may differ with the pieces that a prompt is read in; so a request with a seed reads all of its own.
 """
 import contextlib
 import itertools
@@ -24,6 +29,8 @@ from decoding import PREFILL_CHUNK, Steps, blame, check, chunks, roomy
 from errors import UserError
 from model import Transformer
 from sampling import RowOptions, Sampling, Varied, scored
+
+WORTH = 32  # tokens in common from which copying them is better than reading them
 
 
 @dataclass(frozen=True)
@@ -57,10 +64,17 @@ class Text:
     number: int
     request: Request
     issued: int = 0  # tokens that the device has been told to make
-    known: int = 0  # of these, read by the host
+    tokens: list[int] = field(default_factory=list)  # of these, those that the host has read
     ended: bool = False
     pieces: Iterator[slice] = field(default_factory=lambda: iter(()))  # of its prompt, those not read yet
     seed: int = 0
+    row: int | None = None  # that it continues, and so may take
+
+    def common(self, prompt: Sequence[int]) -> int:
+        """How many of a prompt's tokens this text begins with, of those that its row's caches have surely taken in; not
+        the last, of which logits are wanted."""
+        pairs = zip((*self.request.prompt, *self.tokens[:-1]), prompt[:-1], strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 @contextlib.contextmanager
@@ -115,6 +129,9 @@ class Batch:
         self.waiting: deque[Text] = deque()
         self.entering: Text | None = None  # whose prompt is being read
         self.rows: list[Text | None] = [None] * rows
+        self.held: list[Text | None] = [None] * rows  # whose keys and values each row has
+        self.free = deque(range(rows))  # the row first that was left first
+        self.whole = all(mixer.cache.whole for mixer in model.mixers)
         self.token, self.position, self.taken = (torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
                                                  for _ in range(3))
         self.numbers = itertools.count()
@@ -124,9 +141,8 @@ class Batch:
     def add(self, request: Request) -> int:
         """Let a request wait for a row; its number, counted from 0. At any time, also between events."""
         self.check(request)
-        pieces = chunks(0, len(request.prompt), self.block)
         seed = random.getrandbits(64) if request.seed is None else request.seed
-        self.waiting.append(Text(next(self.numbers), request, pieces=pieces, seed=seed))
+        self.waiting.append(Text(next(self.numbers), request, seed=seed))
         return self.waiting[-1].number
 
     def check(self, request: Request) -> None:
@@ -167,9 +183,9 @@ class Batch:
                 continue
             if token < 0:
                 raise UserError(f"the logits are not finite: {blame(self.model)}")
-            text.known += 1
+            text.tokens.append(int(token))
             stop = "stop_id" if token in text.request.stop_ids else \
-                "length" if text.known == text.request.max_new_tokens else None
+                "length" if len(text.tokens) == text.request.max_new_tokens else None
             if stop:
                 self._end(text)
             yield Event(text.number, token, stop)
@@ -223,7 +239,8 @@ class Batch:
 
     def _take_row(self, text: Text, token: Tensor, position: Tensor) -> None:
         """A text whose prompt was read: its caches, first token and position move into a free row."""
-        self.entering, row = None, self.rows.index(None)
+        self.entering, row = None, text.row if text.row in self.free else self.free[0]
+        self.free.remove(row)
         length = len(text.request.prompt)
         for mixer, cache in zip(self.model.mixers, self.entrance, strict=True):
             mixer.cache.adopt(row, cache, length)
@@ -233,17 +250,36 @@ class Batch:
             self.options.set(row, text.request.sampling, text.seed, length)
         elif self.sampling.remembers:
             self.arguments["starts"][row] = length
-        self.rows[row] = text
+        self.rows[row] = self.held[row] = text
         self.token[row], self.position[row], self.taken[row] = token[0], position[0], 1
         self._issued(text)
 
     def _next(self) -> Text | None:
         """The text whose prompt is to be read on, if there is one and a row for it."""
-        if self.entering is None and self.waiting and None in self.rows:
+        if self.entering is None and self.waiting and self.free:
             text = self.entering = self.waiting.popleft()
+            text.pieces = self._pieces(text)
             if isinstance(self.sampling, Varied):
                 self.entrance_options.set(0, text.request.sampling, text.seed, len(text.request.prompt))
         return self.entering
+
+    def _pieces(self, text: Text) -> Iterator[slice]:
+        """What is to be read of a prompt; its beginning comes from the row whose text has most of it."""
+        prompt, row, start = text.request.prompt, 0, 0
+        if self.whole and text.request.seed is None:
+            common = [held.common(prompt) if held else 0 for held in self.held]
+            row = max(range(len(common)), key=lambda row: (common[row], row not in self.free))
+            start = common[row]
+        if start < WORTH:
+            return chunks(0, len(prompt), self.block)
+        for mixer, cache in zip(self.model.mixers, self.entrance, strict=True):
+            cache.adopt(0, mixer.cache, start, row)
+        if self.entrance_text is not None:
+            self.entrance_text[0, :start] = torch.tensor(prompt[:start])
+        if 2 * start >= len(self.held[row].request.prompt) + len(self.held[row].tokens):
+            text.row = row  # else what it holds is worth keeping for others
+        first = [slice(0, 1)] if row in self.free else []  # steps went on there, at position 0
+        return itertools.chain(first, chunks(start, len(prompt), self.block))
 
     def _issued(self, text: Text) -> None:
         """A token more is being made; behind the last one, the row is free before anybody has seen it."""
@@ -259,6 +295,7 @@ class Batch:
         if text in self.rows:
             row = self.rows.index(text)
             self.rows[row], self.position[row], self.taken[row] = None, 0, 0
+            self.free.append(row)
         elif text is self.entering:
             self.entering = None
         elif text in self.waiting:

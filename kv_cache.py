@@ -103,10 +103,16 @@ class KVCache(nn.Module):
         """Whether the next call may start n positions before the end of the last one."""
         return n <= self.rewindable
 
-    def adopt(self, row: int, other: "KVCache", length: int) -> None:
-        """Make the text of `length` positions in `other`, a cache of one row and else like this, the text of `row`."""
+    @property
+    def whole(self) -> bool:
+        """Whether all positions of a text are here, so that its beginning serves any text that begins like it."""
+        return self.window is None
+
+    def adopt(self, row: int, other: "KVCache", length: int, its: int = 0) -> None:
+        """Make the text of `length` positions in row `its` of `other`, a cache with rows like these, the text of `row`.
+        """
         for name in self.held:
-            getattr(self, name)[row, :, :length].copy_(getattr(other, name)[0, :, :length])
+            getattr(self, name)[row, :, :length].copy_(getattr(other, name)[its, :, :length])
 
     def reset(self) -> None:
         for name in self.held:

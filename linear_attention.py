@@ -56,10 +56,12 @@ class RecurrentState(nn.Module):
         """Whether the next call may start n positions before the end of the last one. Nothing has to move."""
         return n <= self.rewindable
 
-    def adopt(self, row: int, other: "RecurrentState", length: int) -> None:
-        """Make the text in `other`, a memory of one row and else like this, the text of `row`."""
-        self.conv[row].copy_(other.conv[0])
-        self.state[row].copy_(other.state[0])
+    whole = False  # of a text only its end is here
+
+    def adopt(self, row: int, other: "RecurrentState", length: int, its: int = 0) -> None:
+        """Make the text in row `its` of `other`, a memory with rows like these, the text of `row`."""
+        self.conv[row].copy_(other.conv[its])
+        self.state[row].copy_(other.state[its])
 
     def reset(self) -> None:
         self.conv.zero_(), self.state.zero_()
