@@ -209,7 +209,7 @@ def our_server(case: Case) -> Server:
                *([] if args.eager else ["--compile"]), *(["--quantize", case.quantize] if case.quantize else []),
                *(["--checkpoint_path", str(resolve_checkpoint(args.checkpoint_path).absolute())] if args.checkpoint_path
                  else [])]
-    bodies = [{"prompt": prompt, "max_tokens": new, "temperature": 0, "seed": 0}  # a seed: nothing of it is read already
+    bodies = [{"prompt": prompt, "max_tokens": new, "temperature": 0, "seed": 0}  # with a seed all of it is read
               for prompt, new in zip(case.work.prompts, case.work.new, strict=True)]
     return Server(command, f"http://127.0.0.1:{port}", "/v1/completions", bodies,
                   lambda answer: answer["usage"]["completion_tokens"])
