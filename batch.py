@@ -73,7 +73,7 @@ class Text:
     def common(self, prompt: Sequence[int]) -> int:
         """How many of a prompt's tokens this text begins with, of those that its row's caches have surely taken in; not
         the last, of which logits are wanted."""
-        pairs = zip((*self.request.prompt, *self.tokens[:-1]), prompt[:-1], strict=False)
+        pairs = zip(itertools.chain(self.request.prompt, self.tokens[:-1]), prompt[:-1], strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
