@@ -1,7 +1,9 @@
-"""int4 of other tools, where it says what ours says: symmetric, with a scale for each group of adjacent columns.
+"""int4 and int8 of other tools, where they say what ours say: symmetric, with a scale for each group of adjacent
+columns, or in int8 for each row.
 
     GPTQ (AutoGPTQ, GPTQModel)             qweight int32 [in / 8, out], scales [in / g, out], qzeros, g_idx
     compressed-tensors (llm-compressor)    weight_packed int32 [out, in / 8], weight_scale [out, in / g], weight_shape
+                                           or weight int8 [out, in], weight_scale [out, 1]
 
 Eight numbers lie in an int32, the first in its lowest bits: taken as bytes, that is our format (ops/__init__.py),
 turned or not. So nothing is computed, and the numbers are the same; scales become float16. The layouts are those of
@@ -19,32 +21,36 @@ LAYOUTS = {"qweight": ("weight", "turned bits"), "scales": ("weight_scale", "tur
            "weight_packed": ("weight", "bits")}  # by the end of a name: our end, and how it lies there
 ASIDE = (".qzeros", ".g_idx", ".weight_shape")  # say only what `verify` looks at, or what shapes say
 ZEROS = {"gptq": 0x77, "gptq_v2": 0x88}  # two zero points of 8 in a byte; the first format keeps one less
-INSTEAD = "take another, or the checkpoint before quantization with --quantize int4"
+INSTEAD = "take another, or the checkpoint before quantization with --quantize"
 
 
 # -- what a config.json says ------------------------------------------------------------------------------------------
 
 def quantization_of(found: dict[str, Any]) -> Quantization:
-    """Of another tool's quantization_config. UserError that names what our int4 cannot say."""
+    """Of another tool's quantization_config. UserError that names what ours cannot say."""
     tool = found.get("quant_method")
     if tool == "gptq":
         require(found, tool, bits=(4,), sym=(True,), group_size=Quantization.GROUPS, lm_head=(None, False),
                 checkpoint_format=(None, *ZEROS), dynamic=(None, {}))
         return Quantization("int4", found["group_size"], found.get("checkpoint_format") or tool)
     if tool != "compressed-tensors":
-        raise UserError(f"config.json has a quantization_config of {tool!r}; supported: readonce, and symmetric int4 "
-                        f"of gptq and compressed-tensors; {INSTEAD}")
+        raise UserError(f"config.json has a quantization_config of {tool!r}; supported: readonce, symmetric int4 of "
+                        f"gptq, and that and int8 of compressed-tensors; {INSTEAD}")
     groups = found.get("config_groups")
     group, *more = groups.values() if isinstance(groups, dict) and groups else [None]
     if more or not isinstance(group, dict) or not isinstance(weights := group.get("weights"), dict):
         raise UserError(f"config.json has config_groups={str(groups)[:99]} of {tool}; supported: one group, of "
                         f"weights; {INSTEAD}")
-    require(found, tool, format=("pack-quantized",), kv_cache_scheme=(None,), sparsity_config=(None, {}),
-            transform_config=(None, {}))
-    require(group, tool, targets=(["Linear"],), format=(None, "pack-quantized"), input_activations=(None,),
-            output_activations=(None,))
-    require(weights, tool, num_bits=(4,), type=("int",), symmetric=(True,), strategy=("group",),
-            group_size=Quantization.GROUPS, actorder=(None, "weight", "static"), dynamic=(None, False))
+    int8 = found.get("format") == "int-quantized"
+    require(found, tool, format=("pack-quantized", "int-quantized"), kv_cache_scheme=(None,),
+            sparsity_config=(None, {}), transform_config=(None, {}))
+    require(group, tool, targets=(["Linear"],), format=(None, found["format"]), output_activations=(None,))
+    require(weights, tool, num_bits=(8 if int8 else 4,), type=("int",), symmetric=(True,), dynamic=(None, False),
+            strategy=("channel" if int8 else "group",), actorder=(None, "weight", "static"))
+    if int8:  # whatever it says of activations: those are rounded, or not, as the device's kernels have it
+        return Quantization("int8", tool=tool)
+    require(group, tool, input_activations=(None,))
+    require(weights, tool, group_size=Quantization.GROUPS)
     return Quantization("int4", weights["group_size"], tool)
 
 
@@ -66,7 +72,7 @@ def renamed(name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...], st
     shape = shape[::-1] if "turned" in layout else shape
     if "bits" in layout:
         shape = *shape[:-1], shape[-1] * 4  # bytes
-    return f"{owner}.{end}", shape, layout
+    return f"{owner}.{end}" if layout else name, shape, layout
 
 
 def read(part: Any, layout: str, rows: slice = slice(None), columns: slice | int = slice(None)) -> Tensor:
@@ -86,4 +92,4 @@ def verify(name: str, numbers: Tensor, quantization: Quantization) -> None:
     if name.endswith(".g_idx") and (numbers != torch.arange(len(numbers)) // quantization.group).any():
         problem = "has groups of columns that are not adjacent (desc_act)"
     if problem:
-        raise UserError(f"{name} {problem}: such int4 is not supported; {INSTEAD}")
+        raise UserError(f"{name} {problem}, which is not supported; {INSTEAD}")

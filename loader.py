@@ -49,7 +49,7 @@ def plan(model: nn.Module, checkpoint: Checkpoint, rounded: bool = False) -> dic
                 cause = ("its multi-token-prediction head cannot be used: get a checkpoint that has it whole, or go "
                          "without (mtp_num_hidden_layers 0 in config.json)")
             elif left and all(name.endswith("_scale") for name in names):
-                cause = f"but for embedding and head all matrices must be int4; {INSTEAD}"
+                cause = f"but for embedding and head all matrices must be quantized; {INSTEAD}"
             raise UserError(f"{checkpoint.folder} {problem} tensors {', '.join(names[:3])}{more}; {cause}")
     for parameter, p in parameters.items():
         parts = [checkpoint.tensors[name] for name in found[parameter]]

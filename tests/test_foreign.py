@@ -1,4 +1,4 @@
-"""int4 folders of other tools hold the same numbers as ours, or are refused by name.
+"""int4 and int8 folders of other tools hold the same numbers as ours, or are refused by name.
 
 Their layouts are written here from what they are said to be, a number at a time.
 """
@@ -30,8 +30,9 @@ CONFIGS = {
                                "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
                                "group_size": GROUP, "dynamic": False}}}}}
 CONFIGS["gptq_v2"] = CONFIGS["gptq"] | {"checkpoint_format": "gptq_v2"}
-
-
+CONFIGS["int8"] = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": {
+    "targets": ["Linear"], "input_activations": {"num_bits": 8, "dynamic": True, "strategy": "token"}, "weights": {
+        "num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None}}}}
 FAMILIES = {"Qwen2.5": {}, "Qwen3-MoE": {"moe_intermediate_size": 128},
             "Qwen3.5": {"linear_num_key_heads": 4, "linear_num_value_heads": 8}}
 
@@ -54,15 +55,17 @@ def as_theirs(tool: str, name: str, q: Tensor, scale: Tensor) -> dict[str, Tenso
 
 
 def make(tool: str, family: str, folder: Path) -> tuple[Path, Path]:
-    """A folder of ours in int4, and the same numbers as the tool would have them."""
+    """A folder of ours, and the same numbers as the tool would have them."""
     plain, ours, theirs = (folder / name for name in ("plain", "ours", "theirs"))
     save(plain, family, **SPECULATIVE, **FAMILIES[family])
-    quantize_folder(plain, ours, Quantization("int4", GROUP))
+    quantize_folder(plain, ours, Quantization("int8" if tool == "int8" else "int4", GROUP))
     tensors = load_file(plain / "model.safetensors")
     for name, t in (numbers := load_file(ours / "model.safetensors")).items():
         if t.dtype == torch.uint8:
             del tensors[name]
             tensors |= as_theirs(tool, name, unpack_int4(t) + 8, numbers[f"{name}_scale"])
+        elif tool == "int8" and t.dtype == torch.int8 and "embed_tokens" not in name and "lm_head" not in name:
+            tensors |= {name: t, f"{name}_scale": numbers[f"{name}_scale"][:, None]}
     theirs.mkdir()
     save_file({name: t.contiguous() for name, t in tensors.items()}, theirs / "model.safetensors")
     (theirs / "config.json").write_text(json.dumps(
@@ -111,8 +114,10 @@ def change(folder: Path, end: str, new) -> Path:
     ("gptq", "g_idx", lambda t: t.flip(0), "g_idx has groups of columns that are not adjacent (desc_act)"),
     ("gptq", "scales", lambda t: t[1:], "down_proj.scales has shape"),
     ("gptq", "qweight", lambda t: t.short(), "qweight has dtype I16"),
-    ("gptq", "q_proj.scales", lambda t: None, "q_proj.weight_scale; but for embedding and head all matrices must be"),
-    ("compressed-tensors", "weight_packed", lambda t: None, "lacks tensors")])
+    ("gptq", "q_proj.scales", lambda t: None, "but for embedding and head all matrices must be quantized"),
+    ("compressed-tensors", "weight_packed", lambda t: None, "lacks tensors"),
+    ("int8", "down_proj.weight", lambda t: t.float(), "down_proj.weight has dtype F32"),
+    ("int8", "down_proj.weight_scale", lambda t: t.flatten()[:3], "down_proj.weight_scale has shape [3]")])
 def test_numbers_that_ours_cannot_say_are_named(tool, end, new, said, tmp_path):
     _, theirs = make(tool, "Qwen2.5", tmp_path)
     with pytest.raises(UserError, match=re.escape(said)):
@@ -153,7 +158,8 @@ def with_weights(**more) -> dict:
     (GPTQ | {"group_size": -1}, "group_size=-1"), (GPTQ | {"lm_head": True}, "lm_head=True"),
     (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
     (GPTQ | {"dynamic": {"-:x": {}}}, "dynamic"),
-    (COMPRESSED | {"format": "int-quantized"}, "format='int-quantized'"),
+    (COMPRESSED | {"format": "int-quantized"}, "num_bits=4"), (COMPRESSED | {"format": "x"}, "format='x'"),
+    (CONFIGS["int8"] | {"format": "pack-quantized"}, "num_bits=8"),
     (COMPRESSED | {"config_groups": {"a": {}, "b": {}}}, "one group"), (COMPRESSED | {"config_groups": 3}, "one group"),
     (COMPRESSED | {"sparsity_config": {"format": "dense"}}, "sparsity_config"),
     (with_weights(symmetric=False), "symmetric=False"), (with_weights(num_bits=8), "num_bits=8"),
@@ -165,4 +171,4 @@ def test_quantizations_that_ours_cannot_say_are_named_before_a_tensor_is_read(sa
     (tmp_path / "config.json").write_text(json.dumps(document | {"quantization_config": said}))
     with pytest.raises(UserError, match=re.escape(named)) as error:
         load_model(tmp_path)
-    assert "\n" not in str(error.value) and "--quantize int4" in str(error.value)
+    assert "\n" not in str(error.value) and "--quantize" in str(error.value)

@@ -556,7 +556,7 @@ def test_ctrl_c_ends_texts_under_way_and_all_is_well(number):
         assert "(Ctrl-C ends it)" in line, line
         port = int(line.split("127.0.0.1:")[1].split()[0])
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        endless = {"prompt": "import os", "max_tokens": 1000, "stream": True, "temperature": 0}  # the likeliest is a loop
+        endless = {"prompt": "import os", "max_tokens": 1000, "stream": True, "temperature": 0}  # a loop
         connection.request("POST", C, json.dumps(endless).encode())
         response = connection.getresponse()
         assert response.readline().startswith(b"data: ")
