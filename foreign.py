@@ -57,7 +57,7 @@ def quantization_of(found: dict[str, Any]) -> Quantization:
 def require(found: dict[str, Any], tool: str, **allowed: tuple) -> None:
     for key, values in allowed.items():
         have = found.get(key)
-        if not any(have == value and type(have) is type(value) for value in values):  # 1 is not True
+        if not any(have == value and type(have) is type(value) for value in values):  # 32.0 is no size
             said = " or ".join(repr(value) for value in values if value is not None)
             raise UserError(f"config.json has {key}={have!r} in its quantization_config of {tool}; supported: {said}; "
                             f"{INSTEAD}")

@@ -154,7 +154,8 @@ def with_weights(**more) -> dict:
 
 
 @pytest.mark.parametrize("said, named", [
-    (GPTQ | {"bits": 8}, "bits=8"), (GPTQ | {"bits": True}, "bits=True"), (GPTQ | {"sym": False}, "sym=False"),
+    (GPTQ | {"bits": 8}, "bits=8"), (GPTQ | {"group_size": 32.0}, "group_size=32.0"),
+    (GPTQ | {"sym": False}, "sym=False"),
     (GPTQ | {"group_size": -1}, "group_size=-1"), (GPTQ | {"lm_head": True}, "lm_head=True"),
     (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
     (GPTQ | {"dynamic": {"-:x": {}}}, "dynamic"),
