@@ -270,14 +270,17 @@ def measure_matmul(device: torch.device, dtype: torch.dtype, repeats: int = 7) -
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """`measure_bandwidth`, kept in a file from run to run, one entry per device, thread count and torch."""
-    path = cache_dir() / "bandwidth.json"
-    key = f"{device_name(device)} | {device.type} | {torch.get_num_threads()} threads | torch {torch.__version__}"
+    """`measure_bandwidth`, kept in a file from run to run, one entry per device, thread count and torch, for a day: what
+    a busy machine has given is not to stay, and a virtual one is another tomorrow."""
+    path, today = cache_dir() / "bandwidth.json", time.strftime("%Y-%m-%d")
+    key = " | ".join((device_name(device), device.type, f"{torch.get_num_threads()} threads",
+                      f"torch {torch.__version__}", today))
     known: dict[str, float] = {}
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(path.read_text())
     if not (isinstance(known, dict) and isinstance(known.get(key), (int, float)) and known[key] > 0):
-        known = {**(known if isinstance(known, dict) else {}), key: measure_bandwidth(device)}
+        others = {k: v for k, v in known.items() if k.endswith(today)} if isinstance(known, dict) else {}
+        known = {**others, key: measure_bandwidth(device)}
         with contextlib.suppress(OSError):  # a read-only home: measure each time
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f"{path.name}.{os.getpid()}")

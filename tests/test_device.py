@@ -1,4 +1,5 @@
 """As many threads as there are cores for this process, and never more than its CPUs; no code is made twice."""
+import json
 import os
 import subprocess
 import sys
@@ -73,3 +74,17 @@ def test_the_matrix_library_keeps_what_it_made_for_prompts_of_many_lengths():
     if not first:
         pytest.skip("PyTorch multiplies with another library here")
     assert second["create:cache_hit"] == first["create:cache_miss"] > 1024 and not second["create:cache_miss"]
+
+
+def test_a_measured_bandwidth_is_kept_for_a_day(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured, day = iter((3e9, 5e9, 7e9)), "2026-01-01"
+    monkeypatch.setattr(device, "measure_bandwidth", lambda _: next(measured))
+    monkeypatch.setattr(device.time, "strftime", lambda _: day)
+    cpu, file = torch.device("cpu"), tmp_path / "readonce" / "bandwidth.json"
+    assert [device.read_bandwidth(cpu) for _ in range(2)] == [3e9, 3e9]
+    day = "2026-01-02"
+    assert [device.read_bandwidth(cpu) for _ in range(2)] == [5e9, 5e9]
+    assert [*json.loads(file.read_text()).values()] == [5e9]  # nothing piles up
+    file.write_text("[1, 2]")
+    assert device.read_bandwidth(cpu) == 7e9
