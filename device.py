@@ -270,8 +270,8 @@ def measure_matmul(device: torch.device, dtype: torch.dtype, repeats: int = 7) -
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """`measure_bandwidth`, kept in a file from run to run, one entry per device, thread count and torch, for a day: what
-    a busy machine has given is not to stay, and a virtual one is another tomorrow."""
+    """`measure_bandwidth`, kept in a file from run to run, one entry per device, thread count and torch, for a day:
+    what a busy machine has given is not to stay, and a virtual one is another tomorrow."""
     path, today = cache_dir() / "bandwidth.json", time.strftime("%Y-%m-%d")
     key = " | ".join((device_name(device), device.type, f"{torch.get_num_threads()} threads",
                       f"torch {torch.__version__}", today))
