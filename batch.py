@@ -95,9 +95,10 @@ def replaced(model: Transformer, caches: list[nn.Module], text: Tensor | None) -
 class Batch:
     """`rows` texts at a time of at most `length` positions each, prompt and new tokens together; more wait.
 
-    The model's caches are the batch's as long as it is in use. At temperature 0 a text is what its prompt gives alone,
-    in float32 token for token. One `sampling` serves all: above 0 all rows are drawn in one call from one generator,
-    which `seed` sets: the same requests give the same texts again, but a text depends on what is in the batch with it.
+    The model's caches are the batch's from its making to its last use: what its rows hold is relied upon. At
+    temperature 0 a text is what its prompt gives alone, in float32 token for token. One `sampling` serves all: above 0
+    all rows are drawn in one call from one generator, which `seed` sets: the same requests give the same texts again,
+    but a text depends on what is in the batch with it.
     Or it is `Varied`, and each request has its own, and a seed of its own, with which its text is the same again
     whatever is in the batch with it; `seed` is not heard then.
 

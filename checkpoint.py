@@ -155,7 +155,7 @@ class Part(NamedTuple):
 def matrix(shape: tuple[int, ...], column: bool = False) -> tuple[int, int]:
     """A shape as that of a matrix: leading dimensions as rows, a vector (and whatever is a `column`) as a column."""
     width = shape[-1] if len(shape) > 1 and not column else 1
-    return math.prod(shape) // width, width
+    return math.prod(shape) // max(width, 1), width
 
 
 def is_column(parameter: str, p: torch.Tensor) -> bool:

@@ -68,11 +68,11 @@ def require(found: dict[str, Any], tool: str, **allowed: tuple) -> None:
 def renamed(name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...], str]:
     """A tensor of a file as ours: its name, its shape and how it lies there; "": as we have it."""
     owner, _, end = name.rpartition(".")
-    end, layout = LAYOUTS.get(end, (end, ""))
-    shape = shape[::-1] if "turned" in layout else shape
-    if "bits" in layout:
-        shape = *shape[:-1], shape[-1] * 4  # bytes
-    return f"{owner}.{end}" if layout else name, shape, layout
+    if end not in LAYOUTS or len(shape) != 2:
+        return name, shape, ""
+    end, layout = LAYOUTS[end]
+    rows, columns = shape[::-1] if "turned" in layout else shape
+    return f"{owner}.{end}", (rows, columns * 4 if "bits" in layout else columns), layout  # bits: bytes
 
 
 def read(part: Any, layout: str, rows: slice = slice(None), columns: slice | int = slice(None)) -> Tensor:
@@ -86,7 +86,7 @@ def read(part: Any, layout: str, rows: slice = slice(None), columns: slice | int
 
 def verify(name: str, numbers: Tensor, quantization: Quantization) -> None:
     """UserError if a tensor of those `ASIDE` says that the numbers are not what ours would mean."""
-    problem = ""
+    problem, numbers = "", numbers.flatten()
     if name.endswith(".qzeros") and (numbers.view(torch.uint8) != ZEROS[quantization.tool]).any():
         problem = "has zero points that are not 8"
     if name.endswith(".g_idx") and (numbers != torch.arange(len(numbers)) // quantization.group).any():

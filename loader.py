@@ -18,7 +18,7 @@ from config import Quantization
 from errors import UserError
 from foreign import INSTEAD, verify
 
-ENDS = ("tok_embeddings.scale", "output.scale")
+ENDS = ("tok_embeddings.scale", "output.scale")  # of what other tools leave as it was
 
 # -- what is read from where ------------------------------------------------------------------------------------------
 
