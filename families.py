@@ -98,7 +98,8 @@ def llama(source: Source) -> ModelConfig:
 
 
 def mistral(source: Source) -> ModelConfig:
-    """Mistral 7B, Nemo, Small 3."""
+    """Mistral 7B, Nemo, Small 3. Null is no window; one that is not mentioned is 4,096 wide, as in transformers."""
+    source.document = {"sliding_window": 4096, **source.document}
     layers = windowed(source)
     return decoder(source, layers, attention(source, layers))
 
@@ -293,11 +294,16 @@ def shapes() -> dict[str, dict[str, Any]]:
     return read_json(Path(__file__).parent / "shapes.json")
 
 
-def config_of_shape(shape: str) -> ModelConfig:
-    """The config of a name in shapes.json, or of a config.json given by path."""
+def document_of_shape(shape: str) -> dict[str, Any]:
+    """What stands in shapes.json under a name, or in a config.json given by path."""
     known = shapes()
     if shape in known:
-        return config_from_dict(known[shape])
+        return known[shape]
     if Path(shape).is_file():
-        return config_from_dict(read_json(Path(shape)))
+        return read_json(Path(shape))
     raise UserError(f"unknown shape {shape!r}; allowed: {', '.join(known)}, or the path of a config.json")
+
+
+def config_of_shape(shape: str) -> ModelConfig:
+    """The config of a name in shapes.json, or of a config.json given by path."""
+    return config_from_dict(document_of_shape(shape))

@@ -215,6 +215,7 @@ def run(args: Namespace, command: str) -> Iterator[dict]:
     common = {"model": args.random_weights or args.checkpoint_path or "demo", "torch": torch.__version__,
               "threads": torch.get_num_threads(), "commit": commit(), "command": command}
     common |= {} if args.kv_dtype == "auto" else {"kv_dtype": args.kv_dtype}
+    source = args.random_weights or resolve_checkpoint(str(args.checkpoint_path or DEMO))
     for quantize in args.quantize:
         def load(**settings) -> Transformer:
             own = {"device": args.device, "dtype": args.dtype, "kv_dtype": args.kv_dtype,
@@ -232,7 +233,7 @@ def run(args: Namespace, command: str) -> Iterator[dict]:
         with tempfile.TemporaryDirectory() as folder:
             for case in cases(args):
                 systems = list(ours(args, model, case, facts))
-                systems += peers.peers(args.peers, model, load, case, args.llama_bench, args.gpt_fast, folder)
+                systems += peers.peers(args.peers, source, model, load, case, args.llama_bench, args.gpt_fast, folder)
                 try:
                     found = measure_case(args, systems, case, model.device)
                 finally:

@@ -5,15 +5,19 @@ of ours is imported: gpt-fast's modules have the same names. int4 weights are fi
 quantizer does not run on today's PyTorch.
 """
 import importlib
+import importlib.util
 import inspect
 import json
 import os
 import sys
 import time
+from unittest.mock import MagicMock
 
 
 def build(torch, arguments: dict):
     """Its model, compiled decoding, and the bytes of its weights that a token reads."""
+    if importlib.util.find_spec("tiktoken") is None:  # of a tokenizer, which is not needed here
+        sys.modules.update({name: MagicMock() for name in ("tiktoken", "tiktoken.load")})
     generate, model, quantize = map(importlib.import_module, ("generate", "model", "quantize"))
     with torch.device("meta"):
         built = model.Transformer(model.ModelArgs(**arguments["shape"]))

@@ -4,6 +4,7 @@ A peer is made once per case and then run in turns with ours. One that is absent
 with a line that says why; peers are extras and their programs are the user's.
 """
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -22,8 +23,9 @@ from pathlib import Path
 import torch
 
 import device as machine
-from config import ModelConfig
+from config import ModelConfig, read_json
 from errors import UserError
+from families import document_of_shape
 from layers import Embedding, ExpertLinear, Matrix
 from model import Transformer
 from scripts.export_gguf import export
@@ -118,40 +120,32 @@ def llama_shaped(c: ModelConfig) -> bool:
 
 # -- transformers -----------------------------------------------------------------------------------------------------
 
-def as_transformers(model: Transformer):
-    """A transformers model that holds our weights (the tensors themselves, split but not copied): Llama's kind only."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    c, attention = model.config, model.config.mixers.get("full")
-    if not llama_shaped(c) or c.quantization:
-        raise Absent("it is compared on unquantized models of Llama's architecture only")
-    keys = {"default": 2, "linear": 3, "llama3": 6}[attention.rope.kind]  # how many of the rope's, below
-    rope = dict(rope_type=attention.rope.kind, rope_theta=attention.rope.theta, factor=attention.rope.factor,
-                low_freq_factor=attention.rope.low_freq_factor, high_freq_factor=attention.rope.high_freq_factor,
-                original_max_position_embeddings=attention.rope.original_max_seq_len)
-    config = LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=len(c.layer_types),
-                         head_dim=attention.head_dim, num_attention_heads=attention.n_heads,
-                         num_key_value_heads=attention.n_kv_heads, intermediate_size=c.ffn_dim,
-                         max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps,
-                         rope_parameters=dict(list(rope.items())[:keys]),
-                         tie_word_embeddings=c.tie_embeddings, eos_token_id=None, bos_token_id=None)
+def as_transformers(source: str | Path, model: Transformer):
+    """A model of transformers beside ours, in its dtype and on its device: a checkpoint's folder with its numbers, or a
+    shape (a name of shapes.json, a config.json) with random ones."""
+    if importlib.util.find_spec("transformers") is None:
+        raise Absent("it is not installed; pip install -r requirements-dev.txt")
+    import transformers
+    own = unquantized(model)
+    machine.require_memory(sum(p.nbytes for p in own.parameters()), model.device)
+    if Path(source).is_dir():
+        if "quantization_config" in read_json(Path(source) / "config.json"):
+            raise Absent("it is compared on checkpoints that are not quantized")
+        peer = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=own.dtype)
+    else:
+        document = document_of_shape(str(source))
+        config = getattr(transformers, document["architectures"][0]).config_class(**document).get_text_config()
+        peer = transformers.AutoModelForCausalLM.from_config(config, dtype=own.dtype)
+    peer.generation_config = transformers.GenerationConfig(pad_token_id=0)  # no text ends before its time
+    return peer.to(model.device).eval()
+
+
+def unquantized(model: Transformer) -> Transformer:
+    """A model with no memory, in the shape of this one and its dtype."""
     with torch.device("meta"):
-        peer = LlamaForCausalLM(config).eval()
-    q, kv = attention.n_heads * attention.head_dim, attention.n_kv_heads * attention.head_dim
-    state = {"model.embed_tokens.weight": model.tok_embeddings.weight, "lm_head.weight": model.output.weight,
-             "model.norm.weight": model.norm.weight}
-    for i, layer in enumerate(model.layers):
-        wq, wk, wv = layer.attention.wqkv.weight.split([q, kv, kv])
-        gate, up = layer.feed_forward.w13.weight.chunk(2)
-        state |= {f"model.layers.{i}.{name}.weight": w for name, w in {
-            "input_layernorm": layer.attention_norm.weight, "post_attention_layernorm": layer.ffn_norm.weight,
-            "self_attn.q_proj": wq, "self_attn.k_proj": wk, "self_attn.v_proj": wv,
-            "mlp.gate_proj": gate, "mlp.up_proj": up,
-            "self_attn.o_proj": layer.attention.wo.weight, "mlp.down_proj": layer.feed_forward.w2.weight}.items()}
-    dtype = model.output.weight.dtype  # theirs has norms in the dtype of the rest
-    peer.load_state_dict({name: w.to(dtype) for name, w in state.items()}, assign=True)
-    peer.tie_weights()
-    peer.model.rotary_emb = type(peer.model.rotary_emb)(config).to(model.device)  # its table was on meta
-    return peer
+        own = Transformer(dataclasses.replace(model.config, quantization=None, mtp=False)).to(model.dtype)
+    own.settle(model.dtype)
+    return own
 
 
 def run_transformers(peer, prompts: list[list[int]], case: Case, **settings) -> Run:
@@ -167,32 +161,37 @@ def run_transformers(peer, prompts: list[list[int]], case: Case, **settings) -> 
     machine.synchronize(peer.device)
     start = time.perf_counter()
     peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=case.new_tokens, do_sample=False,
-                  min_new_tokens=case.new_tokens, stopping_criteria=[note], pad_token_id=0, **settings)
+                  stopping_criteria=[note], **settings)
     run = Run.at(start, times)
     return Run(None, run.decode_s, run.steps_s) if case.depth else run
 
 
-def transformers(floats: Transformer, case: Case, compile: bool) -> Iterator[System]:
+def transformers(source: str | Path, model: Transformer, case: Case, compile: bool) -> Iterator[System]:
     """Eager with its default cache, and with a static cache and its own compilation."""
-    if importlib.util.find_spec("transformers") is None:
-        raise Absent("it is not installed; pip install -r requirements-dev.txt")
+    peer, prompts = as_transformers(source, model), case.prompts(model.config.vocab_size)
     from transformers import CompileConfig, __version__
-    peer, prompts = as_transformers(floats), case.prompts(floats.config.vocab_size)
     compiled = CompileConfig(mode="reduce-overhead", fullgraph=True)
     compiled._compile_all_devices = True  # it would leave a CPU uncompiled
     static = dict(cache_implementation="static", compile_config=compiled)
     for name, settings in {"eager": {}, "compiled": static}.items():
         if name == "eager" or compile:
             yield System(f"transformers {name}", functools.partial(run_transformers, peer, prompts, case, **settings),
-                         step_bytes(floats, case, False), short(floats.dtype), None, {"version": __version__})
+                         step_bytes(unquantized(model), case, False), short(model.dtype), None,
+                         {"version": __version__})
 
 
 # -- llama.cpp --------------------------------------------------------------------------------------------------------
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # its best setting on Linux, as it is ours
+INT8_CACHES = ["-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0"]  # a scale for each 32 numbers
+ON_CPU, ON_GPU = ("-ngl", "0"), ("-ngl", "99")
 
 
-INT8_CACHES = ["-fa", "1", "-ctk", "q8_0", "-ctv", "q8_0"]  # a scale for each 32 numbers
+def with_attention(options: list[str], tokens: int, positions: int) -> list[str]:
+    """Options with the faster of its attentions for so many tokens at once over so many positions: flash attention,
+    its default, takes up to three times as long on a CPU for few tokens behind many."""
+    plain = ON_CPU in itertools.pairwise(options) and "-fa" not in options and tokens < 64 and positions >= 128
+    return [*options, "-fa", "off"] if plain else options
 
 
 def ask_llama(command: list[str]) -> dict:
@@ -213,13 +212,15 @@ def run_llama(program: str, case: Case, options: list[str]) -> tuple[Run, dict]:
     filled, threads = case.depth + case.prompt_length, str(torch.get_num_threads())
     if case.batch > 1:
         room = -(-(filled + steps) // 256) * 256  # of a row: it rounds less down
-        found = ask_llama([program, *options, "-npp", str(filled), "-ntg", str(steps), "-npl", str(case.batch),
-                           "-c", str(case.batch * room), "--output-format", "jsonl", "-t", threads])
+        found = ask_llama([program, *with_attention(options, case.batch, filled + steps), "-npp", str(filled), "-ntg",
+                           str(steps), "-npl", str(case.batch), "-c", str(case.batch * room), "--output-format",
+                           "jsonl", "-t", threads])
         return Run(None if case.depth else found["t_pp"], found["t_tg"]), found
     seconds = []
-    for size in (["-p", str(case.prompt_length), "-n", "0", "-d", str(case.depth)],
-                 ["-p", "0", "-n", str(steps), "-d", str(filled)]):
-        found = ask_llama([program, *options, *size, "-r", "1", "-o", "jsonl", "-t", threads])
+    for own, size in ((with_attention(options, case.prompt_length, filled),
+                       ["-p", str(case.prompt_length), "-n", "0", "-d", str(case.depth)]),
+                      (with_attention(options, 1, filled + steps), ["-p", "0", "-n", str(steps), "-d", str(filled)])):
+        found = ask_llama([program, *own, *size, "-r", "1", "-o", "jsonl", "-t", threads])
         seconds.append(found["avg_ns"] / 1e9)
     return Run(*seconds), found
 
@@ -250,7 +251,7 @@ def llama_cpp(model: Transformer, exact: Callable[[], Transformer], case: Case, 
     attended = case.depth + case.prompt_length + case.new_tokens / 2
     int8 = model.kv_dtype == torch.int8
     cache = model.cache_bytes(attended) if int8 else unrounded(model, attended) * 2 / model.dtype.itemsize  # float16
-    options = ["-m", str(file), "-ngl", "99" if gpu else "0", *(INT8_CACHES if int8 else [])]
+    options = ["-m", str(file), *(ON_GPU if gpu else ON_CPU), *(INT8_CACHES if int8 else [])]
     _, found = run_llama(program, Case(1, 2), options)
     theirs = {"int8": "Q8_0", "int4": "Q4_0, head Q8_0", "int4-pure": "Q4_0"}
     timed = functools.partial(run_llama, program if case.batch == 1 else rows, case, options)
@@ -317,14 +318,15 @@ def gpt_fast(model: Transformer, case: Case, folder: str | None) -> Iterator[Sys
                  short(model.dtype), mode, {"version": Path(folder).resolve().name}, peer.close)
 
 
-def peers(wanted: Sequence[str], model: Transformer, load: Callable[..., Transformer], case: Case, llama_bench: str,
-          gpt_fast_folder: str | None, folder: str) -> Iterator[System]:
-    """The systems of the peers asked for. `load(**settings)` makes the case's model anew; `folder` takes files."""
+def peers(wanted: Sequence[str], source: str | Path, model: Transformer, load: Callable[..., Transformer], case: Case,
+          llama_bench: str, gpt_fast_folder: str | None, folder: str) -> Iterator[System]:
+    """The systems of the peers asked for. `source`: a checkpoint's folder or a shape, of which the case's model is;
+    `load(**settings)` makes it anew; `folder` takes files."""
     quantized = model.config.quantization is not None
     for name in wanted:
         try:
             if name.startswith("transformers"):
-                yield from transformers(load(quantize=None) if quantized else model, case, name == "transformers")
+                yield from transformers(source, model, case, name == "transformers")
             elif name == "llama.cpp":
                 settings = dict(dtype="fp32") if quantized else {}  # 16 bits would be packed
                 plain = not quantized and model.device.type == "cpu"

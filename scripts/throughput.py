@@ -10,7 +10,6 @@ take turns; a row for each system on screen, and as a JSON document in --output.
 """
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import random
@@ -118,9 +117,8 @@ def ours(case: Case) -> Run:
 
 
 def transformers(case: Case) -> Run:
-    if importlib.util.find_spec("transformers") is None:
-        raise Absent("it is not installed; pip install -r requirements-dev.txt")
-    peer = as_transformers(case.load(quantize=None)[0] if case.quantize else case.model)
+    args = case.args
+    peer = as_transformers(args.random_weights or resolve_checkpoint(str(args.checkpoint_path or DEMO)), case.model)
     return functools.partial(padded, peer, case.work, case.rows)
 
 
@@ -132,8 +130,7 @@ def padded(peer, work: Work, rows: int) -> Written:
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in group],
                             device=peer.device)
         new = max(new for _, new in group)
-        out = peer.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False,
-                            pad_token_id=0)
+        out = peer.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
         assert out.shape == (len(group), width + new), out.shape
     return work.new
 

@@ -140,7 +140,8 @@ def quantization(args: Namespace, folder: Path) -> Iterator[dict]:
         model = load(args, width)
         ways.append(ours(width, model, case, compiled_steps(model.device), None if width == "bf16" else "bf16"))
         exact = functools.partial(load_unpacked, args, width)
-        for peer in peers.peers(["llama.cpp"], model, exact, case, args.llama_bench, None, str(folder)):
+        for peer in peers.peers(["llama.cpp"], args.random_weights, model, exact, case, args.llama_bench, None,
+                                str(folder)):
             ways.append(Way(f"llama.cpp's {peer.quantization or 'BF16'}",
                             lambda peer=peer: seconds_of(peer.run(), case), width, {"token": peer.step_bytes},
                             {"token": 1, "prompt": case.prompt_length}))
@@ -280,7 +281,7 @@ def start(args: Namespace, folder: Path) -> Iterator[dict]:
             Way("--cache_packed, mapped", functools.partial(until_first, [*command, "--cache_packed"]), base)]
     case = Case(len(load_tokenizer(DEMO).encode(DEMO_PROMPT)), 2)
     file = folder / f"{exact.config.quantization}.gguf"
-    if list(peers.peers(["llama.cpp"], exact, lambda **_: exact, case, args.llama_bench, None, str(folder))):
+    if list(peers.peers(["llama.cpp"], folder, exact, lambda **_: exact, case, args.llama_bench, None, str(folder))):
         ways.append(Way("llama-bench, to its end",
                         lambda: {"start": peers.start_llama(args.llama_bench, file, case)}, base))
     os.sync()

@@ -1,18 +1,21 @@
 """The benchmark compares like with like, and writes rows that say where they came from."""
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+import transformers
 from conftest import DEMO
 
 import generate as g
-from config import read_json
+from config import Quantization, read_json
 from decoding import Steps, decode, generate_rows, prefill
-from families import shapes
+from families import config_from_dict, config_of_shape, shapes
+from quantize import quantize_folder
 from scripts import benchmark, peers
 from scripts.peers import Case, Run, System
 
@@ -28,13 +31,35 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_peer_has_our_weights():
-    model = g.load_random(str(DEMO / "config.json"), "cpu", "fp32")
+def test_the_peer_of_a_checkpoint_has_its_weights():
+    model = g.load_model(DEMO, "cpu", "fp32")[0]
     model.setup_caches(1, 64)
     ids = torch.randint(4096, (1, 40))
     with torch.no_grad():
-        theirs = peers.as_transformers(model)(ids).logits[:, -1]
+        theirs = peers.as_transformers(DEMO, model)(ids).logits[:, -1]
         torch.testing.assert_close(model(ids, torch.arange(40)[None]), theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Llama 3.2", "Gemma 3", "Qwen3.5-MoE", "gpt-oss"])
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_the_peer_of_a_shape_is_a_model_of_that_shape(family, quantize, tmp_path):
+    tiny_models.reference_model(family).save_pretrained(tmp_path)
+    shape, case = str(tmp_path / "config.json"), Case(7, 5)
+    model = g.load_random(shape, "cpu", "bf16", quantize=quantize)
+    peer = peers.as_transformers(shape, model)
+    assert peer.dtype == torch.bfloat16
+    plain = g.load_random(shape, "cpu", "bf16")
+    assert sum(p.numel() for p in peer.parameters()) == sum(p.numel() for p in plain.parameters())
+    system, = peers.transformers(shape, model, case, compile=False)
+    exact = sum(p.numel() for p in plain.parameters() if p.dtype == torch.float32)  # norms, which it has in 16 bits
+    assert system.step_bytes == peers.step_bytes(plain, case) - 2 * exact and len(system.run().steps_s) == 4
+
+
+@pytest.mark.parametrize("name", shapes())
+def test_transformers_reads_a_named_shape_as_we_do(name):
+    document = shapes()[name]
+    theirs = getattr(transformers, document["architectures"][0]).config_class(**document).to_dict()
+    assert config_from_dict(theirs | {"architectures": document["architectures"]}) == config_of_shape(name)
 
 
 def test_a_row_for_each_system(command, tmp_path, quickly):
@@ -44,11 +69,14 @@ def test_a_row_for_each_system(command, tmp_path, quickly):
     assert code == 0, err
     rows = {row["system"]: row for row in rows_of(output)}
     assert list(rows) == ["ours compiled", "ours eager", "transformers eager", "transformers compiled"]
+    norms = [p.shape for p in g.load_model(DEMO, "cpu")[0].parameters() if p.dtype == torch.float32]
     for row in rows.values():
         assert row["commit"] and row["machine"] and "--new_tokens 4" in row["command"] and row["model"] == "demo"
         assert len(row["decode_tok_s_all"]) == 2 and row["decode_tok_s"] > 0 and row["ttft_s"] > 0
         assert row["ours_over_this"] > 0 and row["ours_over_this_prefill"] > 0 and row["ms_per_token_p50"] > 0
-        assert row["bandwidth_gb_s"] == 10 and row["bytes_per_token"] == rows["ours eager"]["bytes_per_token"]
+        of_norms = row["system"].startswith("transformers") and sum(map(math.prod, norms))  # 2 bytes fewer each
+        assert row["bandwidth_gb_s"] == 10
+        assert row["bytes_per_token"] == rows["ours eager"]["bytes_per_token"] - 2 * of_norms
     ours = rows["ours compiled"]
     assert ours["load_s"] > 0 and ours["compile_s"] > 0 and ours["peak_memory_bytes"] > 1e7
     assert ours["ours_over_this"] == ours["ours_over_this_prefill"] == 1
@@ -179,6 +207,23 @@ FAKE_GPT_FAST = {
                 "    print('chatter')\n    assert prompt.shape == (3,) and new == 4\n    prefill(model, prompt)\n"}
 
 
+def test_llama_cpp_gets_the_faster_of_its_attentions(monkeypatch):
+    asked: list[list[str]] = []
+    said = {"avg_ns": 1, "t_pp": 1, "t_tg": 1}
+    monkeypatch.setattr(peers, "ask_llama", lambda command: asked.append(command) or said)
+
+    def plain(case: Case, *options: str) -> list[bool]:
+        asked.clear()
+        peers.run_llama("llama-bench", case, ["-m", "file", *options])
+        return ["off" in command for command in asked]
+    assert plain(Case(5, 32), *peers.ON_CPU) == [False, False]
+    assert plain(Case(5, 200), *peers.ON_CPU) == plain(Case(512, 16), *peers.ON_CPU) == [False, True]
+    assert plain(Case(5, 16, depth=1024), *peers.ON_CPU) == [True, True]
+    assert plain(Case(5, 16, 0, 8), *peers.ON_CPU) == [False] and plain(Case(5, 16, 1024, 8), *peers.ON_CPU) == [True]
+    for options in (*peers.ON_CPU, *peers.INT8_CACHES), peers.ON_GPU:
+        assert plain(Case(5, 16, 1024), *options) == [False, False]
+
+
 @pytest.mark.parametrize("rows", ["", "batch_size, "])  # before and after it had batches
 def test_gpt_fast_runs_in_a_process_of_its_own(rows, command, folder, tmp_path, quickly):
     for name, text in FAKE_GPT_FAST.items():
@@ -198,10 +243,12 @@ def test_gpt_fast_runs_in_a_process_of_its_own(rows, command, folder, tmp_path, 
     (["--peers", "llama.cpp", "--llama_bench", sys.executable], "failed with exit code"),
     (["--peers", "llama.cpp", "--llama_bench", sys.executable, "--batch", "2"], "which has batches, is not there"),
     (["--peers", "gpt-fast"], "say where it is"), (["--peers", "gpt-fast", "--gpt_fast", "/"], "does not hold"),
-    (["--peers", "transformers,gpt-fast", "--checkpoint_path", "gemma"], "only")])
+    (["--peers", "gpt-fast", "--gpt_fast", "/", "--checkpoint_path", "gemma"], "of Llama's architecture only"),
+    (["--peers", "transformers", "--checkpoint_path", "rounded"], "that are not quantized")])
 def test_a_peer_that_cannot_run_is_skipped_with_a_line(options, said, command, folder, tmp_path, monkeypatch, quickly):
     tiny_models.reference_model("Gemma 3").save_pretrained(tmp_path / "gemma")
     folder.write()
+    quantize_folder(folder.path, tmp_path / "rounded", Quantization("int8"))
     for name in ("tokenizer.model", "tokenizer_config.json"):
         (tmp_path / "gemma" / name).write_bytes((folder.path / name).read_bytes())
     monkeypatch.chdir(tmp_path)

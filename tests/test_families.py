@@ -57,6 +57,8 @@ def test_a_window_counts_only_where_the_family_says_so(keys):
     mistral = config_from_dict({**TINY, "architectures": ["MistralForCausalLM"],
                                 "sliding_window": keys.get("sliding_window")})
     assert set(mistral.layer_types) == {"sliding" if keys.get("sliding_window") else "full"}
+    plain = config_from_dict({**TINY, "architectures": ["MistralForCausalLM"]})  # not mentioned, which is not null
+    assert set(plain.layer_types) == {"sliding"} and plain.mixers["sliding"].window == 4096
     qwen = config_from_dict({**TINY, "architectures": ["Qwen3ForCausalLM"], "sliding_window": 64, **keys,
                              "use_sliding_window": keys.get("use_sliding_window")})
     assert set(qwen.layer_types) == {"full"}

@@ -60,7 +60,7 @@ def rows_of(command, tmp_path, *options: str) -> tuple[dict, str]:
 def test_padded_batches_of_transformers_are_our_texts():
     model = g.load_model(g.DEMO, "cpu", "fp32")[0]
     work = Work.of(5, model.config.vocab_size, random.randrange(1 << 30))
-    case = Case(SimpleNamespace(), None, work, 2, model, None)
+    case = Case(SimpleNamespace(random_weights=None, checkpoint_path=None), None, work, 2, model, None)
     texts: list[list[int]] = [[] for _ in work.new]
     requests = [Request(prompt, new) for prompt, new in zip(work.prompts, work.new, strict=True)]
     for number, token, _ in generate_batch(model, requests, 2, throughput.GREEDY):
