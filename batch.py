@@ -10,8 +10,9 @@ between the steps of the others. A free row stands at position 0, where it sees 
 held there.
 
 What a prompt has in common with a text that is in a row, or was the last one there, is copied from it and not read
-again: the turns of a chat, one system prompt for all. That needs layers that all keep whole texts, and the rounding of
-16 bits may differ with the pieces that a prompt is read in; so a request with a seed reads all of its own.
+again: the turns of a chat, one system prompt for all. Where not all layers keep whole texts, it comes from `Snapshots`,
+if the batch has any. The rounding of 16 bits may differ with the pieces that a prompt is read in; so a request with a
+seed reads all of its own.
 """
 import contextlib
 import itertools
@@ -29,6 +30,7 @@ from decoding import PREFILL_CHUNK, Steps, blame, check, chunks, roomy
 from errors import UserError
 from model import Transformer
 from sampling import RowOptions, Sampling, Varied, scored
+from snapshots import TAIL, Snapshot, Snapshots
 
 WORTH = 32  # tokens in common from which copying them is better than reading them
 
@@ -69,6 +71,8 @@ class Text:
     pieces: Iterator[slice] = field(default_factory=lambda: iter(()))  # of its prompt, those not read yet
     seed: int = 0
     row: int | None = None  # that it continues, and so may take
+    snapshot: Snapshot | None = None  # that it continues
+    marks: dict[int, bool] = field(default_factory=dict)  # where more are to be taken of its prompt
 
     def common(self, prompt: Sequence[int]) -> int:
         """How many of a prompt's tokens this text begins with, of those that its row's caches have surely taken in; not
@@ -102,12 +106,13 @@ class Batch:
     Or it is `Varied`, and each request has its own, and a seed of its own, with which its text is the same again
     whatever is in the batch with it; `seed` is not heard then.
 
-    Prompts are read in pieces as `chunks` cuts them with `block`, or the model's own if that is larger.
+    Prompts are read in pieces as `chunks` cuts them with `block`, or the model's own if that is larger. `snapshots` of
+    beginnings of texts, at most, are kept beside the rows, for a model that needs it.
     Raises UserError for sizes that cannot be.
     """
 
     def __init__(self, model: Transformer, rows: int, length: int, sampling: Sampling | Varied = Sampling(),
-                 steps: Steps = Steps(), seed: int | None = None, block: int = 0) -> None:
+                 steps: Steps = Steps(), seed: int | None = None, block: int = 0, snapshots: int = 0) -> None:
         if rows < 1:
             raise UserError(f"the batch has {rows} rows; it must have at least 1")
         if length > model.config.max_seq_len:
@@ -133,6 +138,7 @@ class Batch:
         self.held: list[Text | None] = [None] * rows  # whose keys and values each row has
         self.free = deque(range(rows))  # the row first that was left first
         self.whole = all(mixer.cache.whole for mixer in model.mixers)
+        self.snapshots = Snapshots(model, 0 if self.whole else snapshots)
         self.token, self.position, self.taken = (torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
                                                  for _ in range(3))
         self.numbers = itertools.count()
@@ -230,6 +236,9 @@ class Batch:
                 token, position, *scores = self.steps.prefill(self.model, ids, positions,
                                                               self._entrance_options(request))
             read += ids.shape[1]
+            if chunk.stop in text.marks:
+                shared = text.marks[chunk.stop]
+                self.snapshots.keep(request.prompt[:chunk.stop], self.entrance, shared, text.snapshot)
             if chunk.stop < len(request.prompt):
                 told.append([])
                 yield self.token[:0]
@@ -265,22 +274,42 @@ class Batch:
         return self.entering
 
     def _pieces(self, text: Text) -> Iterator[slice]:
-        """What is to be read of a prompt; its beginning comes from the row whose text has most of it."""
-        prompt, row, start = text.request.prompt, 0, 0
-        if self.whole and text.request.seed is None:
-            common = [held.common(prompt) if held else 0 for held in self.held]
-            row = max(range(len(common)), key=lambda row: (common[row], row not in self.free))
-            start = common[row]
+        """What is to be read of a prompt. Its beginning comes from the row whose text has most of it, or a snapshot."""
+        prompt = text.request.prompt
+        if text.request.seed is not None:
+            return chunks(0, len(prompt), self.block)
+        common = [held.common(prompt) if held else 0 for held in self.held]
+        if not self.whole:
+            return self._behind_snapshot(text, common)
+        row = max(range(len(common)), key=lambda row: (common[row], row not in self.free))
+        start = common[row]
         if start < WORTH:
             return chunks(0, len(prompt), self.block)
-        for mixer, cache in zip(self.model.mixers, self.entrance, strict=True):
-            cache.adopt(0, mixer.cache, start, row)
-        if self.entrance_text is not None:
-            self.entrance_text[0, :start] = torch.tensor(prompt[:start])
+        self._adopt([mixer.cache for mixer in self.model.mixers], prompt[:start], row)
         if 2 * start >= len(self.held[row].request.prompt) + len(self.held[row].tokens):
             text.row = row  # else what it holds is worth keeping for others
         first = [slice(0, 1)] if row in self.free else []  # steps went on there, at position 0
         return itertools.chain(first, chunks(start, len(prompt), self.block))
+
+    def _behind_snapshot(self, text: Text, common: list[int]) -> Iterator[slice]:
+        """What is to be read behind the longest snapshot, cut where more are to be taken. The prompt has so many tokens
+        in common with each row; with all of another prompt it is the next turn of that."""
+        prompt = text.request.prompt
+        text.snapshot = self.snapshots.longest(prompt)
+        start = len(text.snapshot.tokens) if text.snapshot else 0
+        if text.snapshot:
+            self._adopt(text.snapshot.caches, prompt[:start])
+        shared = [n for n, held in zip(common, self.held, strict=True) if held and n < len(held.request.prompt) - TAIL]
+        text.marks = self.snapshots.marks(prompt, start, max(shared, default=0))
+        cuts = itertools.pairwise([start, *text.marks, len(prompt)])
+        return itertools.chain.from_iterable(chunks(*cut, self.block) for cut in cuts)
+
+    def _adopt(self, caches: list[nn.Module], tokens: Sequence[int], row: int = 0) -> None:
+        """Begin a prompt with these tokens, which these caches have in a row."""
+        for cache, other in zip(self.entrance, caches, strict=True):
+            cache.adopt(0, other, len(tokens), row)
+        if self.entrance_text is not None:
+            self.entrance_text[0, :len(tokens)] = torch.tensor(tokens)
 
     def _issued(self, text: Text) -> None:
         """A token more is being made; behind the last one, the row is free before anybody has seen it."""

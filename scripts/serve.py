@@ -318,7 +318,7 @@ def make_batch(args, model: Transformer, length: int) -> Batch:
         gc.collect()  # as in generate.py
 
     steps, _ = compile_steps(args, model, warm)
-    return Batch(model, args.batch_size, length, varied, steps, block=block)
+    return Batch(model, args.batch_size, length, varied, steps, block=block, snapshots=args.batch_size + 2)
 
 
 def load(args, hosts: frozenset[str] | None) -> Service:

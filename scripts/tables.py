@@ -1,4 +1,4 @@
-"""The tables of README and of docs/why-cpu.md from the rows in benchmarks/, so that no number is copied by hand.
+"""The tables of README and of docs/ from the rows in benchmarks/, so that no number is copied by hand.
 
     python -m scripts.tables
 
@@ -9,13 +9,13 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 from errors import Parser, UserError, run_command
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "why-cpu.md", ROOT / "docs" / "tensor-parallel.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("measured", "why-cpu", "tensor-parallel")))
 PEERS = {"transformers eager": "transformers", "transformers compiled": "its compiled", "llama.cpp": "llama.cpp",
          "gpt-fast": "gpt-fast"}
 Case = list[dict]  # the rows of one case, ours first
@@ -48,11 +48,16 @@ def table(head: str, lines: Iterable[str]) -> str:
     return "\n".join([f"| {head} |", "|---" * columns + "|", *(f"| {line} |" for line in lines)])
 
 
-def speed_table(rows: list[dict]) -> str:
-    """For each machine a table, and the commands that its rows name by number."""
+def by_machine(rows: list[dict]) -> list[tuple[str, list[Case]]]:
+    """Machines and what was timed on them, that which was measured last first."""
+    return [(machine, list(group)) for machine, group in
+            itertools.groupby(cases(rows), lambda case: case[0]["machine"])]
+
+
+def speed_table(rows: list[dict], which: slice = slice(1)) -> str:
+    """For each of these machines a table, and the commands that its rows name by number."""
     parts = []
-    for machine, group in itertools.groupby(cases(rows), lambda case: case[0]["machine"]):
-        found = list(group)
+    for machine, found in by_machine(rows)[which]:
         commands = list(dict.fromkeys(command_of(case[0]) for case in found))
         peers = [name for name in PEERS if any(row["system"] == name for case in found for row in case)]
         head = " | ".join(["model", "weights", "tokens", "MB/token", "tok/s", "GB/s", "of bandwidth", "first token",
@@ -103,9 +108,10 @@ def ratio(row: dict | None) -> str:
 
 
 def starts_table(rows: list[dict]) -> str:
-    """Seconds from a process's start to its first token, with empty caches and with filled ones; and parts of that."""
+    """Seconds from a process's start to its first token, with empty caches and with filled ones; and parts of that. On
+    the machine that was measured last."""
     lines: dict[tuple, str] = {}
-    for case in cases(rows):
+    for case in itertools.chain(*(found for _, found in by_machine(rows)[:1])):
         ours = case[0]
         if "start_cold_s" in ours:
             weights = ours.get("quantization") or ours["dtype"]
@@ -113,16 +119,21 @@ def starts_table(rows: list[dict]) -> str:
                      for what in ("start", "load", "compile"))
             peer = next((f"{row['start_warm_s']:.2f} s" for row in case if row["system"] == "llama.cpp"
                          and "start_warm_s" in row), "")
-            lines[ours["machine"], ours["model"], weights] = " | ".join(
+            lines[ours["model"], weights] = " | ".join(
                 [ours["model"], weights, *pairs, peer, ours["machine"], ours["commit"]])
     return table("model | weights | first token, cold / warm | loading | compiling | llama.cpp's | machine | commit",
                  lines.values())
 
 
-def quality_table(rows: list[dict]) -> str:
+USUAL = ("bf16", "int8", "int4 g32, nearest", "int4 g32, GPTQ", "int4 g128, GPTQ", "int4-pure g32, GPTQ",
+         "bf16; keys and values int8")  # ways to round that README shows
+
+
+def quality_table(rows: list[dict], shown: Container[str] | None = None) -> str:
+    """What each way to round costs, or those in `shown`."""
     found = {row["weights"]: row for row in rows if row.get("kind") == "quality"}
     lines = (f"{r['weights']} | {r['bits']:.2f} | {r['perplexity']:.3f} | {r['kl']:.5f} | {r['agreement']:.2f} %"
-             for r in found.values())
+             for r in found.values() if shown is None or r["weights"] in shown)
     last = list(found.values())[-1]
     return table("weights | bits each | perplexity | KL to bf16, nats/token | same likeliest token", lines) + \
         f"\n\n`{command_of(last)}`, commit {last['commit']}, {last['machine']}."
@@ -266,7 +277,9 @@ def why_source(rows: list[dict]) -> str:
 
 # -- pages ------------------------------------------------------------------------------------------------------------
 
-TABLES = {"speed": speed_table, "starts": starts_table, "quality": quality_table, "activations": activations_table,
+TABLES = {"speed": speed_table, "speed-others": functools.partial(speed_table, which=slice(1, None)),
+          "starts": starts_table, "quality": functools.partial(quality_table, shown=USUAL),
+          "quality-all": quality_table, "activations": activations_table,
           "speculation": speculation_table, "ranks": ranks_table, "throughput": throughput_table, "why": why_source,
           **{f"why-{point}": functools.partial(why_table, point) for point in POINTS}}
 

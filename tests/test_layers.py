@@ -8,8 +8,8 @@ from conftest import ROOT
 RANKS = [["errors"], ["collectives", "config", "device", "pace"], ["ops", "foreign"], ["compiler"], ["aot"],
          ["sampling"], ["speculative"], ["families", "tokenizer", "rounding", "checkpoint"],
          ["loader", "layers", "packed"], ["linear_attention", "kv_cache"], ["model"], ["tp"],
-         ["metrics", "calibration", "decoding"], ["chat", "quantize", "batch"], ["drafts", "prompts"], ["generate"],
-         ["scripts"]]
+         ["metrics", "calibration", "decoding", "snapshots"], ["chat", "quantize", "batch"], ["drafts", "prompts"],
+         ["generate"], ["scripts"]]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 FILES = sorted(p for p in (*ROOT.glob("*.py"), *ROOT.glob("ops/*.py"), *ROOT.glob("scripts/*.py")))
 
