@@ -138,7 +138,7 @@ class Batch:
         self.held: list[Text | None] = [None] * rows  # whose keys and values each row has
         self.free = deque(range(rows))  # the row first that was left first
         self.whole = all(mixer.cache.whole for mixer in model.mixers)
-        self.snapshots = Snapshots(model, 0 if self.whole else snapshots)
+        self.snapshots = Snapshots(model, snapshots)  # where not `whole`
         self.token, self.position, self.taken = (torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
                                                  for _ in range(3))
         self.numbers = itertools.count()

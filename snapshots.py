@@ -53,7 +53,7 @@ class Snapshots:
     def keep(self, tokens: Sequence[int], caches: list[nn.Module], shared: bool, before: Snapshot | None) -> None:
         """Copy caches of one row that have taken in these tokens, of which those of `before` need not be kept longer.
         """
-        if before in self.kept and not (shared or before.shared):
+        if before in self.kept and not before.shared:
             self.kept.remove(before)
             own = before.caches
         elif len(self.kept) < self.most and self._room():

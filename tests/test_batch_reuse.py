@@ -89,8 +89,9 @@ def test_texts_that_run_lend_their_beginning(late, kv_dtype, model, monkeypatch)
     model.kv_dtype = kv_dtype
     reader, system = Reader(), tokens(100)
     together = Batch(model, 4, 300, Varied(), reader.steps)
-    requests = [Request(system + tokens(7), 40, sampling=GREEDY) for _ in range(3)]
-    found = reader.run(together, *requests, Request(system[:31] + tokens(30), 3, sampling=GREEDY))
+    requests = [Request([*system, i, *tokens(6)], 40, sampling=GREEDY) for i in range(3)]
+    other = [*system[:31], (system[31] + 1) % 128, *tokens(29)]
+    found = reader.run(together, *requests, Request(other, 3, sampling=GREEDY))
     assert found[:3] == [alone(model, request) for request in requests]
     assert reader.pieces == [(0, 64), (64, 107), (100, 107), (100, 107), (0, 61)]  # 31 in common are too few
 

@@ -61,6 +61,8 @@ def test_what_two_texts_begin_with_is_kept_for_a_third(model):
     first = Request(turned(system[:140], tokens(30)), 5, sampling=GREEDY)  # may not take the place of what is shared
     assert reader.run(together, first) == [alone(model, first)]
     assert reader.pieces[0][0] == 128 and shared in together.snapshots.kept
+    longer = Request(turned(requests[1].prompt, tokens(20)), 5, sampling=GREEDY)
+    assert reader.run(together, longer) == [alone(model, longer)] and reader.pieces[0][0] == 192
 
 
 def test_the_one_used_longest_ago_makes_room(model):
