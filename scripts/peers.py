@@ -248,6 +248,7 @@ def llama_cpp(model: Transformer, exact: Callable[[], Transformer], case: Case, 
     file = Path(folder) / f"{quantization}.gguf"
     if not file.exists():
         export(exact(), None, file)
+        os.sync()  # else it would start while its file is being written
     attended = case.depth + case.prompt_length + case.new_tokens / 2
     int8 = model.kv_dtype == torch.int8
     cache = model.cache_bytes(attended) if int8 else unrounded(model, attended) * 2 / model.dtype.itemsize  # float16
