@@ -135,7 +135,8 @@ def as_transformers(source: str | Path, model: Transformer):
     else:
         document = document_of_shape(str(source))
         config = getattr(transformers, document["architectures"][0]).config_class(**document).get_text_config()
-        peer = transformers.AutoModelForCausalLM.from_config(config, dtype=own.dtype)
+        with model.device:  # billions of random numbers take a CPU minutes
+            peer = transformers.AutoModelForCausalLM.from_config(config, dtype=own.dtype)
     peer.generation_config = transformers.GenerationConfig(pad_token_id=0)  # no text ends before its time
     return peer.to(model.device).eval()
 

@@ -89,7 +89,7 @@ def test_texts_that_run_lend_their_beginning(late, kv_dtype, model, monkeypatch)
     model.kv_dtype = kv_dtype
     reader, system = Reader(), tokens(100)
     together = Batch(model, 4, 300, Varied(), reader.steps)
-    requests = [Request([*system, i, *tokens(6)], 40, sampling=GREEDY) for i in range(3)]
+    requests = [Request([*system, i, *tokens(6)], 15, sampling=GREEDY) for i in range(3)]
     other = [*system[:31], (system[31] + 1) % 128, *tokens(29)]
     found = reader.run(together, *requests, Request(other, 3, sampling=GREEDY))
     assert found[:3] == [alone(model, request) for request in requests]
