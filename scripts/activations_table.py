@@ -1,4 +1,4 @@
-"""What rounding activations to 8 bits costs, ours beside llama.cpp's: a table of README.
+"""What rounding activations to 8 bits costs, ours beside llama.cpp's: a table of docs/measured.md.
 
     python -m scripts.activations_table --output benchmarks/activations.jsonl
 

@@ -1,4 +1,4 @@
-"""What each way to round the demo's weights costs in quality: a table of README.
+"""What each way to round the demo's weights costs in quality: a table of docs/measured.md.
 
     python -m scripts.quantization_table --output benchmarks/quality.jsonl
 

@@ -200,7 +200,8 @@ FAKE_GPT_FAST = {
              "class Transformer(torch.nn.Linear):\n    def __init__(self, args): super().__init__(args.dim, 4)\n",
     "quantize": "class WeightOnlyInt8QuantHandler:\n"
                 "    def __init__(self, model): raise RuntimeError('no int8 here')\n",
-    "generate": "import torch\n"
+    "generate": "import tiktoken\nfrom tiktoken.load import load_tiktoken_bpe\n"
+                "import torch\n"
                 "def prefill(model, x): return model(torch.randn(1, 64))\n"
                 "def decode_one_token(model, x): pass\n"
                 "def generate(model, prompt, new, {rows}*, interactive, draft_model, temperature, top_k):\n"
