@@ -10,6 +10,7 @@ from tiny_models import FAMILIES
 
 import device
 import generate as g
+import ops
 from batch import Batch, Request
 from sampling import Varied
 from snapshots import STEP, TAIL
@@ -36,6 +37,7 @@ def model(request, tmp_path):
 @pytest.mark.parametrize("family", HELD)
 def test_a_turn_is_read_from_shortly_before_the_end_of_the_one_before(family, tmp_path, monkeypatch):
     monkeypatch.setattr(device, "read_ahead", lambda _: random.choice((0, 2)))
+    monkeypatch.setattr(ops, "cpu_attends", lambda: False)  # with int8 caches it rounds the queries of a few tokens
     tiny_models.reference_model(family).save_pretrained(tmp_path)
     model, reader, prompt = tiny_models.load(tmp_path), Reader(), tokens(random.randint(STEP + TAIL, 200))
     model.kv_dtype = random.choice((None, torch.int8))
