@@ -34,7 +34,8 @@ BLOCK_NAMES: dict[str, list[list[str]]] = {  # behind layers.N. on both sides, o
     "attention_post_norm.weight": [["post_attention_layernorm.weight"]],
     "ffn_norm.weight": [["pre_feedforward_layernorm.weight"], ["post_attention_layernorm.weight"]],
     "ffn_post_norm.weight": [["post_feedforward_layernorm.weight"]],
-    "attention.wqkv.weight": [[f"self_attn.{x}_proj.weight" for x in part] for part in ("qkv", "qk")],
+    "attention.wqkv.weight": [*([f"self_attn.{x}_proj.weight" for x in part] for part in ("qkv", "qk")),
+                              ["self_attn.qkv_proj.weight"]],
     "attention.wqkv.bias": [[f"self_attn.{x}_proj.bias" for x in "qkv"]],
     "attention.q_norm.weight": [["self_attn.q_norm.weight"]],
     "attention.k_norm.weight": [["self_attn.k_norm.weight"]],
@@ -48,7 +49,7 @@ BLOCK_NAMES: dict[str, list[list[str]]] = {  # behind layers.N. on both sides, o
     "attention.dt_bias": [["linear_attn.dt_bias"]],
     "attention.norm.weight": [["linear_attn.norm.weight"]],
     "feed_forward.w13.weight": [
-        ["mlp.gate_proj.weight", "mlp.up_proj.weight"], ["mlp.experts.gate_up_proj"],
+        ["mlp.gate_proj.weight", "mlp.up_proj.weight"], ["mlp.gate_up_proj.weight"], ["mlp.experts.gate_up_proj"],
         ["mlp.experts.gate_up_proj_blocks", "mlp.experts.gate_up_proj_scales"],
         ["mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"],
         ["block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight"]],

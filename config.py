@@ -19,7 +19,7 @@ class Rope:
     """Rotary position embedding: angles are `position * theta ** (-2i / dim)`, rescaled by `kind`."""
     dim: int  # leading numbers of each head that turn; proportional: of the angles' formula, `rotated` of them turn
     theta: float = 10000.0
-    kind: str = "default"  # default | linear | llama3 | yarn | proportional
+    kind: str = "default"  # default | linear | llama3 | yarn | longrope | proportional
     factor: float = 1.0
     original_max_seq_len: int = 8192
     low_freq_factor: float = 1.0  # llama3: wavelengths above original/low are slowed by `factor`,
@@ -27,7 +27,9 @@ class Rope:
     beta_fast: float = 32.0  # yarn: pairs with more turns than this within the original context are left alone,
     beta_slow: float = 1.0  # those with fewer than this are slowed by `factor`, between them a ramp
     truncate: bool = True  # yarn: the ramp starts and ends at whole pairs
-    scale: float = 1.0  # yarn: what cos and sin are multiplied by
+    scale: float = 1.0  # yarn, longrope: what cos and sin are multiplied by
+    short: tuple[float, ...] = ()  # longrope: what slows each pair where caches end within the original context,
+    long: tuple[float, ...] = ()  # and where they go beyond
     rotated: int = 0  # proportional
 
 
@@ -229,10 +231,12 @@ def checked(document: dict[str, Any], key: str, kind: type, default: Any = None)
 
 ROPE_KEYS = {
     "default": set(), "linear": {"factor"}, "proportional": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": {"factor", "beta_fast", "beta_slow", "truncate", "original_max_position_embeddings", "attention_factor",
-             "mscale", "mscale_all_dim"}}
-ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"},
+    "longrope": {"factor", "short_factor", "long_factor", "attention_factor"}}
+ROPE_ALIASES = {"mrope": "default", "su": "longrope"}  # mrope is plain as long as all is text
+ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved",
+               "original_max_position_embeddings"}
 
 
 def read_ropes(source: Source, head_dim: dict[str, int], theta: float | dict[str, float] = 10000.0,
@@ -243,6 +247,7 @@ def read_ropes(source: Source, head_dim: dict[str, int], theta: float | dict[str
     parameters = source.read("rope_parameters", dict, {}) or source.read("rope_scaling", dict, {})
     base, local = source.read("rope_theta", float, 0.0), source.read("rope_local_base_freq", float, 0.0)
     share = source.read("partial_rotary_factor", float, partial)
+    original = source.read("original_max_position_embeddings", int, 0)  # Phi's, beside the others
     source.asked |= {"rope_parameters", "rope_scaling"}
     by_type = {LAYER_TYPES[key]: value for key, value in parameters.items() if key in LAYER_TYPES}
     ropes = {}
@@ -254,14 +259,15 @@ def read_ropes(source: Source, head_dim: dict[str, int], theta: float | dict[str
             own, default = by_type.get(kind, {}) if by_type else parameters, base or default
         if not isinstance(own, dict):
             raise UserError(f"config.json gives rope parameters {own!r}; an object is expected")
+        own = {**own, "original_max_position_embeddings": original} if original else own
         ropes[kind] = read_rope(own, dim, default, share, source.read("max_position_embeddings", int, 2048))
     return ropes
 
 
 def read_rope(p: dict[str, Any], head_dim: int, theta: float, share: float, context: int) -> Rope:
-    """One object of rope parameters, `type` or `rope_type`. Mrope is plain rotary embedding as long as all is text."""
+    """One object of rope parameters, `type` or `rope_type`."""
     kind = checked(p, "rope_type", str, checked(p, "type", str, "default"))
-    kind = "default" if kind == "mrope" else kind
+    kind = ROPE_ALIASES.get(kind, kind)
     if kind not in ROPE_KEYS:
         raise UserError(f"config.json has rope type {kind!r}; supported: {', '.join(ROPE_KEYS)}")
     if unknown := sorted(key for key in p.keys() - ROPE_COMMON - ROPE_KEYS[kind] if p[key] is not None):
@@ -281,8 +287,8 @@ def read_rope(p: dict[str, Any], head_dim: int, theta: float, share: float, cont
         ordered(low_freq_factor=low, high_freq_factor=high)
         return Rope(**rope, factor=factor, low_freq_factor=low, high_freq_factor=high,
                     original_max_seq_len=checked(p, "original_max_position_embeddings", int))
-    if kind == "yarn":
-        return read_yarn(p, rope, context)
+    if kind in ("yarn", "longrope"):
+        return {"yarn": read_yarn, "longrope": read_longrope}[kind](p, rope, context)
     return Rope(**rope)
 
 
@@ -310,6 +316,21 @@ def read_yarn(p: dict[str, Any], rope: dict[str, Any], context: int) -> Rope:
     return Rope(**rope, factor=factor, original_max_seq_len=original, truncate=checked(p, "truncate", bool, True),
                 beta_fast=fast, beta_slow=slow,
                 scale=checked(p, "attention_factor", float, scale))
+
+
+def read_longrope(p: dict[str, Any], rope: dict[str, Any], context: int) -> Rope:
+    """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a factor for each pair, found by search."""
+    original = checked(p, "original_max_position_embeddings", int, context)
+    ordered(one=1, original_max_position_embeddings=original)
+    pairs, found = rope["dim"] // 2, {key: checked(p, key, list) for key in ("short_factor", "long_factor")}
+    for key, factors in found.items():
+        if len(factors) != pairs or not all(type(x) in (int, float) and 1e-3 < x < 1e6 for x in factors):
+            raise UserError(f"config.json gives {key}={factors!r}; {pairs} numbers above 0 are expected, one for each "
+                            f"pair of a head that turns")
+    factor = checked(p, "factor", float, context / original)
+    scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return Rope(**rope, factor=factor, original_max_seq_len=original, short=tuple(found["short_factor"]),
+                long=tuple(found["long_factor"]), scale=checked(p, "attention_factor", float, scale))
 
 
 def read_json(path: Path) -> Any:

@@ -118,6 +118,15 @@ def smollm3(source: Source) -> ModelConfig:
                    {"full": mixer, "unturned": replace(mixer, rope=None)})
 
 
+def phi3(source: Source) -> ModelConfig:
+    """Phi-3, 3.5 and 4, dense (text): Llama, its matrices fused in the file too. Of Phi-4-mini's heads a part turns."""
+    source.default(rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096)
+    for key in ("full_attn_mod", "interpolate_factor"):
+        source.require(key, 1)
+    layers = windowed(source)
+    return decoder(source, layers, attention(source, layers))
+
+
 def qwen2(source: Source) -> ModelConfig:
     """Qwen2 and Qwen2.5."""
     layers = late_windowed(source)
@@ -245,7 +254,7 @@ def gpt_oss(source: Source) -> ModelConfig:
 
 FAMILIES: dict[str, Callable[[Source], ModelConfig]] = {
     "LlamaForCausalLM": llama, "MistralForCausalLM": mistral, "Mistral3ForConditionalGeneration": mistral,
-    "SmolLM3ForCausalLM": smollm3, "Qwen2ForCausalLM": qwen2, "Qwen3ForCausalLM": qwen3,
+    "SmolLM3ForCausalLM": smollm3, "Phi3ForCausalLM": phi3, "Qwen2ForCausalLM": qwen2, "Qwen3ForCausalLM": qwen3,
     "Qwen3MoeForCausalLM": qwen3_moe, "MixtralForCausalLM": mixtral,
     "Gemma3ForCausalLM": gemma3, "Gemma3ForConditionalGeneration": gemma3,
     "Qwen3_5ForCausalLM": qwen3_5, "Qwen3_5ForConditionalGeneration": qwen3_5,

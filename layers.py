@@ -128,18 +128,21 @@ class RMSNorm(nn.Module):
 
 # -- rotary position embedding ----------------------------------------------------------------------------------------
 
-def rope_frequencies(rope: Rope) -> Tensor:
-    """Angle per position of each rotated pair, float32 [dim / 2], after the config's rescaling.
+def rope_frequencies(rope: Rope, length: int = 0) -> Tensor:
+    """Angle per position of each rotated pair, float32 [dim / 2], after the config's rescaling for texts of `length`.
 
     linear is Chen et al. 2023 (arXiv 2306.15595); llama3 the rule of Llama 3.1 (github.com/meta-llama/llama-models):
     long wavelengths are slowed by `factor`, short ones kept, those between blended; yarn does so by a ramp over the
     pairs (Peng et al. 2023, arXiv 2309.00071); proportional is Gemma 4's: the first pairs of the head turn, at the
-    speed they would have if all did.
+    speed they would have if all did; longrope divides each pair's by a number of its own, of which there are two sets
+    (Ding et al. 2024, arXiv 2402.13753).
     """
     pairs = torch.arange(0, rope.dim, 2, dtype=torch.float32, device="cpu")
     frequencies = rope.theta ** (-pairs / rope.dim)
     if rope.kind == "linear":
         return frequencies / rope.factor
+    if rope.kind == "longrope":
+        return frequencies / torch.tensor(rope.long if length > rope.original_max_seq_len else rope.short, device="cpu")
     if rope.kind == "proportional":
         return torch.where(pairs < rope.rotated, frequencies, 0.0) / rope.factor
     if rope.kind == "llama3":

@@ -48,7 +48,11 @@ class Attention(nn.Module):
 
     def setup_cache(self, batch: int, length: int, rewind: int, dtype: torch.dtype, kv_dtype: torch.dtype,
                     device: torch.device) -> None:
+        """All keys are turned alike, however long a text is: by what there is room for, less what drafts write behind
+        it, at most rewind + 1 positions."""
         self.cache = KVCache(self.config, batch, length, rewind, dtype, kv_dtype, device)
+        if self.config.rope and self.config.rope.kind == "longrope":
+            self.frequencies.copy_(rope_frequencies(self.config.rope, length - 2 * rewind))
 
     def cache_bytes(self, positions: float, dtype: torch.dtype, kv_dtype: torch.dtype) -> float:
         """Bytes of keys and values that a row of so many positions holds, and that the token after them reads."""

@@ -15,7 +15,7 @@ import ops
 from batch import Batch, Request
 from sampling import Varied
 
-WHOLE = ("Llama 2", "Llama 3.2", "Llama, linear rope", "Llama, yarn rope", "Mistral", "SmolLM3", "Qwen2.5", "Qwen3",
+WHOLE = ("Llama 2", "Llama 3.2", "Llama, linear rope", "Llama, yarn rope", "Mistral", "SmolLM3", "Phi-3", "Qwen2.5", "Qwen3",
          "Qwen3-MoE", "Mixtral")  # families whose layers all keep whole texts
 
 

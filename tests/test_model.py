@@ -143,6 +143,27 @@ def test_a_window_keeps_no_more_than_itself(tmp_path):
         assert allocated == model.cache_bytes(512)
 
 
+def test_texts_beyond_the_original_context_turn_by_the_other_factors(tmp_path, monkeypatch):
+    """As transformers reads them whole; cut into calls, and while drafts are verified, they are the same texts."""
+    kind, values = FAMILIES["Phi-3"]
+    monkeypatch.setitem(FAMILIES, "Phi-3", (kind, values | dict(original_max_position_embeddings=32)))
+    theirs = reference_model("Phi-3")
+    theirs.save_pretrained(tmp_path)
+    model, ids = load(tmp_path), torch.randint(128, (1, 90))
+    truth = logits_of(theirs, ids)
+    for cuts in ((), (20, 60), range(1, 90)):
+        torch.testing.assert_close(run(model, ids, *cuts), truth[:, -1], **BOUND)
+    for rewind in (0, 1, 7):  # within it: room for a text, and behind it for drafts
+        model.cache_size = (0, 0, 0)
+        model.setup_caches(1, 32 + rewind + bool(rewind), rewind)
+        for cuts in ((), range(1, 31)):
+            torch.testing.assert_close(run(model, ids[:, :31], *cuts), logits_of(theirs, ids[:, :31])[:, -1], **BOUND)
+        assert (run(model, ids[:, :31]) - truth[:, 30]).abs().max() > 0.1
+    model.cache_size = (0, 0, 0)
+    model.setup_caches(1, 33)
+    torch.testing.assert_close(run(model, ids[:, :33]), logits_of(theirs, ids[:, :33])[:, -1], **BOUND)
+
+
 @pytest.mark.parametrize("name", ["Qwen3-MoE", "Mixtral", "Qwen3.5-MoE", "Gemma 4 A4B", "gpt-oss"])
 def test_a_token_reads_only_its_experts(name, tmp_path):
     theirs = reference_model(name)

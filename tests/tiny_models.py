@@ -12,6 +12,8 @@ from model import Transformer
 YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=64, rope_theta=10000.0)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=64, rope_theta=500000.0)
+LONGROPE = dict(rope_type="longrope", rope_theta=10000.0, partial_rotary_factor=0.75,
+                short_factor=[1 + i / 9 for i in range(6)], long_factor=[2.0 ** i for i in range(6)])
 PLAIN = dict(rope_type="default", rope_theta=10000.0)
 HYBRID = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
               num_hidden_layers=3, head_dim=32,
@@ -36,6 +38,8 @@ FAMILIES = {
     "Mistral": (hf.MistralConfig, dict(head_dim=32, sliding_window=None)),
     "Mistral, sliding": (hf.MistralConfig, dict(sliding_window=16)),
     "SmolLM3": (hf.SmolLM3Config, dict(no_rope_layers=[1, 0], pad_token_id=0)),
+    "Phi-3": (hf.Phi3Config, dict(pad_token_id=0, max_position_embeddings=1024, original_max_position_embeddings=512,
+                                  rope_parameters=LONGROPE)),
     "Qwen2.5": (hf.Qwen2Config, dict(tie_word_embeddings=True)),
     "Qwen3": (hf.Qwen3Config, dict(head_dim=32)),
     "Qwen3-MoE": (hf.Qwen3MoeConfig, dict(head_dim=32, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
