@@ -195,6 +195,14 @@ def qwen3_5_moe(source: Source) -> ModelConfig:
     return qwen3_5(source, experts=experts, ffn_dim=experts.ffn_dim)
 
 
+def qwen3_next(source: Source) -> ModelConfig:
+    """Qwen3-Next and Qwen3-Coder-Next; their files say nothing of the head for further tokens that is in them."""
+    source.default(num_experts=512, num_experts_per_tok=10, mtp_num_hidden_layers=1)
+    for key, allowed in (("mlp_only_layers", []), ("decoder_sparse_step", 1), ("norm_topk_prob", True)):
+        source.require(key, allowed)
+    return qwen3_5_moe(source)
+
+
 def gemma4(source: Source) -> ModelConfig:
     """Gemma 4 dense and 26B-A4B, text half. Full layers have heads of their own size, whose keys may be the values too.
 
@@ -259,6 +267,7 @@ FAMILIES: dict[str, Callable[[Source], ModelConfig]] = {
     "Gemma3ForCausalLM": gemma3, "Gemma3ForConditionalGeneration": gemma3,
     "Qwen3_5ForCausalLM": qwen3_5, "Qwen3_5ForConditionalGeneration": qwen3_5,
     "Qwen3_5MoeForCausalLM": qwen3_5_moe, "Qwen3_5MoeForConditionalGeneration": qwen3_5_moe,
+    "Qwen3NextForCausalLM": qwen3_next,
     "Gemma4ForCausalLM": gemma4, "Gemma4ForConditionalGeneration": gemma4,
     "Gemma4UnifiedForCausalLM": gemma4, "Gemma4UnifiedForConditionalGeneration": gemma4, "GptOssForCausalLM": gpt_oss}
 

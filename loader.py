@@ -4,6 +4,7 @@ Nothing is converted or written: names are translated, q/k/v and gate/up are joi
 the way in, and numbers rounded if the model is quantized and the folder is not. Every name, shape and dtype is checked
 against the headers before the first byte of a weight is read.
 """
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,6 +142,26 @@ def widen_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(pairs.flatten(-2), scales.int()[..., None] - 127).flatten(-2)
 
 
+# -- Qwen3-Next -------------------------------------------------------------------------------------------------------
+
+def by_kind(model: nn.Module, names: list[str], wanted: Part) -> Part:
+    """Where a file has the rows of linear attention key head by key head: the same part, queries of all heads first,
+    then keys and so on, as they are here. A part holds whole heads."""
+    joined = next((kind for kind in ("qkvz", "ba") if f".in_proj_{kind}." in names[0]), None)
+    if joined is None:
+        return wanted
+    mixer = (model.cut if hasattr(model, "cut") else model).config.mixers["linear"]
+    values = mixer.n_v_heads // mixer.n_k_heads  # of a key head
+    heights = {"qkvz": [mixer.k_dim] * 2 + [values * mixer.v_dim] * 2, "ba": [values] * 2}[joined]
+    rows, here = [], 0
+    for start, height in zip(itertools.accumulate(heights, initial=0), heights, strict=False):
+        for head in range(mixer.n_k_heads):
+            if wanted.rows is None or any(part.start <= here < part.stop for part in wanted.rows):
+                rows.append(slice(first := head * sum(heights) + start, first + height))
+            here += height
+    return wanted._replace(rows=rows)
+
+
 # -- into the model ---------------------------------------------------------------------------------------------------
 
 def materialize(model: nn.Module, device: torch.device, dtype: torch.dtype,
@@ -235,7 +256,7 @@ def load_module(model: nn.Module, prefix: str, checkpoint: Checkpoint, found: di
 def fill(model: nn.Module, checkpoint: Checkpoint, found: dict[str, list[str]], parameter: str,
          target: torch.Tensor) -> None:
     """Read one parameter, or this rank's part, as it is, tensor by tensor of the file."""
-    wanted = part_of(model, parameter)
+    wanted = by_kind(model, found[parameter], part_of(model, parameter))
     if wanted.absent:
         target.zero_()
         return
@@ -268,6 +289,7 @@ def blocks(model: nn.Module, checkpoint: Checkpoint, found: dict[str, list[str]]
     if turned(model, checkpoint, parameter):
         yield from read_turned(checkpoint, found[parameter], wanted)
         return
+    wanted = by_kind(model, found[parameter], wanted)
     if wanted != Part():
         shape = model.get_submodule(parameter.removesuffix(".weight")).shape
         yield from checkpoint.parts(found[parameter], shape[0] if len(shape) == 3 else 1, wanted)

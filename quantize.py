@@ -32,6 +32,7 @@ from config import Quantization, read_json
 from errors import Parser, UserError, run_command
 from families import config_from_dict
 from layers import Embedding, Matrix
+from linear_attention import conv_width
 from loader import blocks, fill_rounded, plan, turned
 from model import Transformer
 from tokenizer import load_tokenizer
@@ -108,6 +109,10 @@ def tensors(model: Transformer, checkpoint: Checkpoint, found: dict[str, list[st
         shapes = {name: checkpoint.tensors[name].shape for name in names}
         if turned(model, checkpoint, parameter):
             shapes = {names[0].removesuffix("_blocks"): module.shape}
+        if names[0].endswith("in_proj_qkvz.weight"):  # in the order of rows that we have, under the names of that
+            mixer = model.config.mixers["linear"]
+            shapes = {names[0].replace("qkvz", "qkv"): (conv_width(mixer), model.config.dim),
+                      names[0].replace("qkvz", "z"): (mixer.n_v_heads * mixer.v_dim, model.config.dim)}
         yield from pieces(shapes, calibrated.pop(owner))
 
 

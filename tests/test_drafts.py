@@ -161,7 +161,7 @@ def with_head(folder: Path, name: str = "Qwen3.5") -> Transformer:
     return model
 
 
-@pytest.mark.parametrize("name", ["Qwen3.5", "Qwen3.5-MoE"])
+@pytest.mark.parametrize("name", ["Qwen3.5", "Qwen3.5-MoE", "Qwen3-Next"])
 @torch.no_grad()
 def test_the_head_of_a_checkpoint_drafts_and_the_text_stays_the_plain_one(name, tmp_path):
     model = with_head(tmp_path, name)

@@ -20,7 +20,8 @@ PARAMETERS = {  # as published or counted from the published files; text half
     "Llama-3.1-405B": 405_853_388_800, "Llama-3.2-1B": 1_235_814_400, "Llama-3.2-3B": 3_212_749_824,
     "Mistral-7B": 7_248_023_552, "Mixtral-8x7B": 46_702_792_704, "Qwen2.5-7B": 7_615_616_512,
     "Qwen3-0.6B": 596_049_920, "Qwen3-4B": 4_022_468_096, "Qwen3-8B": 8_190_735_360, "Qwen3-30B-A3B": 30_532_122_624,
-    "Phi-4-mini": 3_836_021_760, "Phi-4": 14_659_507_200, "Gemma-3-1B": 999_885_952, "gpt-oss-20b": 20_914_757_184, "gpt-oss-120b": 116_829_156_672}
+    "Phi-4-mini": 3_836_021_760, "Phi-4": 14_659_507_200,
+    "Gemma-3-1B": 999_885_952, "gpt-oss-20b": 20_914_757_184, "gpt-oss-120b": 116_829_156_672}
 
 
 @pytest.mark.parametrize("name", shapes())

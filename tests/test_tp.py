@@ -92,8 +92,9 @@ def tasks(tmp_path_factory) -> dict[str, dict]:
         return dict(folder=str(folder), dtype="fp32", prompts=prompts, compile=False, drafts=[]) | more
 
     make = tmp_path_factory.mktemp
-    found = {name: task(save(make("family"), name, **(
-        dict(linear_num_key_heads=4, linear_num_value_heads=8) if "Qwen3.5" in name else {}))) for name in FAMILIES}
+    linear = dict(linear_num_key_heads=4, linear_num_value_heads=8)
+    found = {name: task(save(make("family"), name, **(linear if name.startswith(("Qwen3.5", "Qwen3-Next")) else {})))
+             for name in FAMILIES}
     found["Qwen3.5"] |= dict(compile=True)
     plain = save(make("plain"), "Qwen3", **SPECULATIVE)
     draft = save(make("draft"), "Qwen3")

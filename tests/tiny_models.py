@@ -51,6 +51,8 @@ FAMILIES = {
     "Qwen3.5": (hf.Qwen3_5TextConfig, HYBRID),
     "Qwen3.5-MoE": (hf.Qwen3_5MoeTextConfig, dict(HYBRID, num_experts=8, num_experts_per_tok=3,
                                                   moe_intermediate_size=32, shared_expert_intermediate_size=64)),
+    "Qwen3-Next": (hf.Qwen3NextConfig, dict(HYBRID, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
+                                            shared_expert_intermediate_size=64)),
     "Gemma 4": (hf.Gemma4TextConfig, GEMMA4),
     "Gemma 4, keys apart": (hf.Gemma4TextConfig, dict(GEMMA4, attention_k_eq_v=False)),
     "Gemma 4 unified": (hf.Gemma4UnifiedTextConfig, GEMMA4),
@@ -67,6 +69,7 @@ def reference_model(name: str) -> torch.nn.Module:
     config = kind(**{**BASE, **values})
     model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     model.generation_config.eos_token_id = None  # random weights may say "stop" at any time
+    from_zero = type(model).__name__.startswith(("Gemma3", "Qwen3_5", "Qwen3Next"))  # norms that add 1 to their weights
     for name, p in (*model.named_parameters(), *model.named_buffers()):
         if name.endswith(("A_log", "dt_bias")):
             torch.nn.init.uniform_(p, -1, 1)
@@ -74,8 +77,8 @@ def reference_model(name: str) -> torch.nn.Module:
             pass
         else:
             unit = name.endswith(("norm.weight", "norm_1.weight", "norm_2.weight", "layer_scalar", "scale"))
-            zero_centred = type(model).__name__.startswith(("Gemma3", "Qwen3_5")) and "linear_attn" not in name
-            torch.nn.init.normal_(p, mean=float(unit and not zero_centred), std=0.15)
+            around_one = unit and (not from_zero or "linear_attn" in name)
+            torch.nn.init.normal_(p, mean=float(around_one), std=0.15)
     return model
 
 
