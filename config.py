@@ -42,7 +42,7 @@ class AttentionConfig:
     rope: Rope | None  # None: no position embedding
     window: int | None = None  # a token sees itself and window - 1 before it; None: all
     scale: float | None = None  # of the scores; None: head_dim ** -0.5
-    qk_norm: bool = False  # RMSNorm over each head of q and k
+    qk_norm: str = ""  # RMSNorm of q and k: over each "head", or over "all" of a token together
     v_norm: bool = False  # and of v, without weight
     qkv_bias: bool = False
     out_bias: bool = False
@@ -116,7 +116,8 @@ class ModelConfig:
     experts: ExpertsConfig | None = None
     norm_eps: float = 1e-5
     norm_offset: float = 0.0  # added to the weights of norms: 1 where files hold w of (1 + w)
-    post_norms: bool = False  # norms after attention and feed-forward too
+    pre_norms: bool = True  # norms before attention and feed-forward,
+    post_norms: bool = False  # and after them
     layer_scalars: bool = False  # each block's output times a weight
     activation: str = "silu"  # silu | gelu_tanh | clamped_silu
     scale_embeddings: bool = False  # times sqrt(dim)

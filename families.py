@@ -127,6 +127,24 @@ def phi3(source: Source) -> ModelConfig:
     return decoder(source, layers, attention(source, layers))
 
 
+def olmo2(source: Source) -> ModelConfig:
+    """OLMo 2: norms behind attention and feed-forward, and over all queries and keys of a token."""
+    source.default(rms_norm_eps=1e-5)
+    layers = read_layers(source)
+    return decoder(source, layers, attention(source, layers, qk_norm="all"), pre_norms=False, post_norms=True)
+
+
+def olmo3(source: Source) -> ModelConfig:
+    """OLMo 3: that with windows; a rescaled rotary embedding is for full layers."""
+    source.default(rms_norm_eps=1e-5, sliding_window=4096)
+    scaling = source.read("rope_scaling", dict, {})
+    if scaling and not scaling.keys() & LAYER_TYPES.keys():
+        source.default(rope_parameters={"full_attention": scaling})
+    layers = read_layers(source, lambda i: "sliding" if (i + 1) % 4 else "full")
+    return decoder(source, layers, attention(source, layers, theta=500000.0, qk_norm="all"),
+                   pre_norms=False, post_norms=True)
+
+
 def qwen2(source: Source) -> ModelConfig:
     """Qwen2 and Qwen2.5."""
     layers = late_windowed(source)
@@ -135,7 +153,7 @@ def qwen2(source: Source) -> ModelConfig:
 
 def qwen3(source: Source) -> ModelConfig:
     layers = late_windowed(source)
-    return decoder(source, layers, attention(source, layers, qk_norm=True))
+    return decoder(source, layers, attention(source, layers, qk_norm="head"))
 
 
 def qwen3_moe(source: Source) -> ModelConfig:
@@ -147,7 +165,7 @@ def qwen3_moe(source: Source) -> ModelConfig:
         source.read("num_experts", int, source.read("num_local_experts", int, 128)),
         source.read("num_experts_per_tok", int, 8), source.read("moe_intermediate_size", int),
         norm_topk=source.read("norm_topk_prob", bool, False))
-    return decoder(source, layers, attention(source, layers, qk_norm=True), experts=experts)
+    return decoder(source, layers, attention(source, layers, qk_norm="head"), experts=experts)
 
 
 def mixtral(source: Source) -> ModelConfig:
@@ -166,7 +184,7 @@ def gemma3(source: Source) -> ModelConfig:
     step = positive(source, "sliding_window_pattern", 6)
     layers = read_layers(source, lambda i: "sliding" if (i + 1) % step else "full")
     scale = positive(source, "query_pre_attn_scalar", 256) ** -0.5
-    mixers = attention(source, layers, theta={"sliding": 1e4, "full": 1e6}, qk_norm=True, scale=scale)
+    mixers = attention(source, layers, theta={"sliding": 1e4, "full": 1e6}, qk_norm="head", scale=scale)
     return decoder(source, layers, mixers, "hidden_activation", activation="gelu_tanh", norm_offset=1.0,
                    post_norms=True, scale_embeddings=True)
 
@@ -176,7 +194,7 @@ def qwen3_5(source: Source, **fields: Any) -> ModelConfig:
     step = positive(source, "full_attention_interval", 4)
     layers = read_layers(source, lambda i: "linear" if (i + 1) % step else "full")
     source.require("attn_output_gate", True)
-    mixers: dict[str, Any] = attention(source, layers, partial=0.25, head_dim=256, qk_norm=True, gated=True)
+    mixers: dict[str, Any] = attention(source, layers, partial=0.25, head_dim=256, qk_norm="head", gated=True)
     mixers["linear"] = DeltaNetConfig(
         n_k_heads=source.read("linear_num_key_heads", int, 16),
         n_v_heads=source.read("linear_num_value_heads", int, 32),
@@ -219,7 +237,7 @@ def gemma4(source: Source) -> ModelConfig:
         source.require("use_bidirectional_attention", None)
     layers = read_layers(source, lambda i: "sliding" if (i + 1) % 6 else "full")
     layers = (*layers[:-1], "full")
-    mixers = attention(source, layers, theta={"sliding": 1e4, "full": 1e6}, qk_norm=True, v_norm=True, scale=1.0,
+    mixers = attention(source, layers, theta={"sliding": 1e4, "full": 1e6}, qk_norm="head", v_norm=True, scale=1.0,
                        full=gemma4_full(source))
     experts = ExpertsConfig(
         source.read("num_experts", int), source.read("top_k_experts", int), source.read("moe_intermediate_size", int),
@@ -262,7 +280,8 @@ def gpt_oss(source: Source) -> ModelConfig:
 
 FAMILIES: dict[str, Callable[[Source], ModelConfig]] = {
     "LlamaForCausalLM": llama, "MistralForCausalLM": mistral, "Mistral3ForConditionalGeneration": mistral,
-    "SmolLM3ForCausalLM": smollm3, "Phi3ForCausalLM": phi3, "Qwen2ForCausalLM": qwen2, "Qwen3ForCausalLM": qwen3,
+    "SmolLM3ForCausalLM": smollm3, "Phi3ForCausalLM": phi3, "Olmo2ForCausalLM": olmo2,
+    "Olmo3ForCausalLM": olmo3, "Qwen2ForCausalLM": qwen2, "Qwen3ForCausalLM": qwen3,
     "Qwen3MoeForCausalLM": qwen3_moe, "MixtralForCausalLM": mixtral,
     "Gemma3ForCausalLM": gemma3, "Gemma3ForConditionalGeneration": gemma3,
     "Qwen3_5ForCausalLM": qwen3_5, "Qwen3_5ForConditionalGeneration": qwen3_5,

@@ -39,8 +39,8 @@ class Attention(nn.Module):
         self.widths = [heads * (1 + config.gated)] + [config.n_kv_heads] * (1 if config.keys_are_values else 2)
         self.wqkv = Linear(dim, sum(self.widths) * E, bias=config.qkv_bias)
         self.wo = Linear(heads * E, dim, bias=config.out_bias)
-        self.q_norm = norm(E) if config.qk_norm else nn.Identity()
-        self.k_norm = norm(E) if config.qk_norm else nn.Identity()
+        spans = {"": (), "head": (E, E), "all": (heads * E, config.n_kv_heads * E)}[config.qk_norm]
+        self.q_norm, self.k_norm = map(norm, spans) if spans else (nn.Identity(), nn.Identity())
         self.sinks = nn.Parameter(torch.empty(heads)) if config.sinks else None
         if config.rope:
             self.register_buffer("frequencies", rope_frequencies(config.rope), persistent=False)
@@ -72,7 +72,7 @@ class Attention(nn.Module):
     def between(self, qkv: Tensor, call: Call) -> Tensor:
         """What the heads of all tokens find, [B, S, H, E]; the cache takes in their keys and values."""
         c, cache, where = self.config, self.cache, call.where
-        if fused.attends_heads(qkv, where, cache.k):
+        if c.qk_norm != "all" and fused.attends_heads(qkv, where, cache.k):
             norms = (self.q_norm.weight, self.k_norm.weight) if c.qk_norm else (None, None)
             offset, scale = self.q_norm.offset if c.qk_norm else 0.0, c.head_dim ** -0.5 if c.scale is None else c.scale
             return torch.ops.readonce.attend_heads(
@@ -88,7 +88,10 @@ class Attention(nn.Module):
         v = rest[0] if rest else k
         if self.config.gated:
             q = q[:, :, ::2]
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.qk_norm == "all":
+            q, k = self.q_norm(q.flatten(-2)).view(q.shape), self.k_norm(k.flatten(-2)).view(k.shape)
+        else:
+            q, k = self.q_norm(q), self.k_norm(k)
         v = normalize(v, self.norm_eps).to(v.dtype) if self.config.v_norm else v
         if call.cos is not None:
             q, k = rotate(q, call.cos, call.sin), rotate(k, call.cos, call.sin)
@@ -167,8 +170,8 @@ class Block(nn.Module):
         def norm(dim: int) -> RMSNorm:
             return RMSNorm(dim, config.norm_eps, config.norm_offset)
         beside = config.experts is not None and config.experts.beside_dense
-        self.attention_norm = norm(config.dim)
-        self.ffn_norm = nn.Identity() if beside else norm(config.dim)
+        self.attention_norm = norm(config.dim) if config.pre_norms else nn.Identity()
+        self.ffn_norm = norm(config.dim) if config.pre_norms and not beside else nn.Identity()
         self.attention_post_norm = norm(config.dim) if config.post_norms else nn.Identity()
         self.ffn_post_norm = norm(config.dim) if config.post_norms else nn.Identity()
         self.attention = (Attention(config.dim, mixer, norm, config.norm_eps) if isinstance(mixer, AttentionConfig)

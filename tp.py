@@ -18,7 +18,7 @@ from checkpoint import Part
 from collectives import all_gather, all_reduce, world
 from config import AttentionConfig, DeltaNetConfig, ModelConfig
 from errors import UserError
-from layers import Embedding, Linear
+from layers import Embedding, Linear, RMSNorm
 from model import DenseAndExperts, Transformer
 from sampling import largest
 
@@ -32,6 +32,9 @@ ROWS: dict[str, Callable[[ModelConfig, Mixer, int], list[tuple[int, int]]]] = {
     r"attention\.wqkv\..*": lambda c, m, n: [
         (m.n_heads * (1 + m.gated) * m.head_dim, n),
         *[(m.n_kv_heads * m.head_dim, min(n, m.n_kv_heads))] * (1 if m.keys_are_values else 2)],
+    r"attention\.q_norm\..*": lambda c, m, n: [(m.n_heads * m.head_dim, n) if m.qk_norm == "all" else (m.head_dim, 1)],
+    r"attention\.k_norm\..*": lambda c, m, n: [
+        (m.n_kv_heads * m.head_dim, min(n, m.n_kv_heads)) if m.qk_norm == "all" else (m.head_dim, 1)],
     r"attention\.sinks": lambda c, m, n: [(m.n_heads, n)],
     r"attention\.w_qkvz\..*": lambda c, m, n: [(m.n_k_heads * m.k_dim, n)] * 2 + [(m.n_v_heads * m.v_dim, n)] * 2,
     r"attention\.conv": lambda c, m, n: [(m.n_k_heads * m.k_dim, n)] * 2 + [(m.n_v_heads * m.v_dim, n)],
@@ -155,6 +158,20 @@ class CutHead(Linear):
         return logits if self.past is None else logits.masked_fill(self.past, torch.finfo(logits.dtype).min)
 
 
+class CutNorm(RMSNorm):
+    """Of a part of the numbers. Each rank has as many, so the mean of them all is the mean of the ranks' means, also
+    where several ranks have the same keys."""
+
+    def __init__(self, dim: int, eps: float, offset: float, ranks: int) -> None:
+        super().__init__(dim, eps, offset)
+        self.ranks = ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        rate = torch.rsqrt(all_reduce(y.square().mean(-1, keepdim=True)) / self.ranks + self.eps)
+        return (y * rate * (self.offset + self.weight.float())).to(x.dtype)
+
+
 def summed(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
     """A forward hook."""
     return all_reduce(output)
@@ -175,6 +192,10 @@ class CutTransformer(Transformer):
             pairs = (wide.dense, wide.experts) if isinstance(wide, DenseAndExperts) else (wide,)
             for module in (block.attention.wo, *pairs):
                 module.register_forward_hook(summed)
+            if getattr(block.attention.config, "qk_norm", "") == "all":
+                for name in ("q_norm", "k_norm"):
+                    norm = getattr(block.attention, name)
+                    setattr(block.attention, name, CutNorm(len(norm.weight), norm.eps, norm.offset, ranks))
 
     def extra_repr(self) -> str:
         return f"one of {self.cut.ranks} ranks"  # a compiled step depends on it

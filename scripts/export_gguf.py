@@ -74,6 +74,7 @@ def unlike_llama(part: ModelConfig | AttentionConfig | DeltaNetConfig) -> list[s
            if f.name not in KNOWN[type(part)] and getattr(part, f.name) != f.default]
     if isinstance(part, AttentionConfig):
         odd += odd_rope(part) + (["qk_norm beside qkv_bias"] if part.qk_norm and part.qkv_bias else [])
+        odd += ["a norm over all heads together"] if part.qk_norm == "all" else []
     return odd
 
 

@@ -15,8 +15,8 @@ import ops
 from batch import Batch, Request
 from sampling import Varied
 
-WHOLE = ("Llama 2", "Llama 3.2", "Llama, linear rope", "Llama, yarn rope", "Mistral", "SmolLM3", "Phi-3", "Qwen2.5",
-         "Qwen3", "Qwen3-MoE", "Mixtral")  # families whose layers all keep whole texts
+WHOLE = ("Llama 2", "Llama 3.2", "Llama, linear rope", "Llama, yarn rope", "Mistral", "SmolLM3", "Phi-3", "OLMo 2",
+         "Qwen2.5", "Qwen3", "Qwen3-MoE", "Mixtral")  # families whose layers all keep whole texts
 
 
 @pytest.fixture(autouse=True)

@@ -40,6 +40,10 @@ FAMILIES = {
     "SmolLM3": (hf.SmolLM3Config, dict(no_rope_layers=[1, 0], pad_token_id=0)),
     "Phi-3": (hf.Phi3Config, dict(pad_token_id=0, max_position_embeddings=1024, original_max_position_embeddings=512,
                                   rope_parameters=LONGROPE)),
+    "OLMo 2": (hf.Olmo2Config, dict(head_dim=32)),
+    "OLMo 3": (hf.Olmo3Config, dict(sliding_window=16, num_hidden_layers=3, layer_types=[
+        "sliding_attention", "full_attention", "sliding_attention"], rope_parameters=dict(
+            sliding_attention=PLAIN, full_attention=YARN))),
     "Qwen2.5": (hf.Qwen2Config, dict(tie_word_embeddings=True)),
     "Qwen3": (hf.Qwen3Config, dict(head_dim=32)),
     "Qwen3-MoE": (hf.Qwen3MoeConfig, dict(head_dim=32, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
