@@ -15,6 +15,9 @@ at::Tensor linear16(const at::Tensor& x, const at::Tensor& weight, const std::op
 at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& positions,
                             double scale, int64_t window, const std::optional<at::Tensor>& sinks,
                             const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& v_scale);
+at::Tensor delta_step(const at::Tensor& qkvz, const at::Tensor& ba, const at::Tensor& positions, at::Tensor conv,
+                      at::Tensor state, const at::Tensor& taps, const at::Tensor& decay, const at::Tensor& shift,
+                      const at::Tensor& norm, double eps);
 at::Tensor exchange(const at::Tensor& shared, const at::Tensor& x, int64_t rank, int64_t ranks, int64_t round,
                     bool fresh, bool sum);
 

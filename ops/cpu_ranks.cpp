@@ -82,5 +82,6 @@ TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) {
   m.impl("packed_linear", &LIBRARY::packed_linear);
   m.impl("linear16", &LIBRARY::linear16);
   m.impl("decode_attention", &LIBRARY::decode_attention);
+  m.impl("delta_step", &LIBRARY::delta_step);
   m.impl("exchange", &LIBRARY::exchange);
 }

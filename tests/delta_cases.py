@@ -8,10 +8,11 @@ from torch import Tensor
 from ops import reference
 
 
-def delta_call(dtype: torch.dtype, S: int, K: int, V: int, shared: int, rewind: int, first: int) -> list[Tensor]:
+def delta_call(dtype: torch.dtype, S: int, K: int, V: int, shared: int, rewind: int, first: int,
+               taps: int = 4) -> list[Tensor]:
     """The tensors of `delta_step` for a call at `first` and, in another row, at some later position; slots of earlier
     inputs that are not looked back on are not numbers."""
-    B, G, taps = 2, random.choice((1, 2)), 4
+    B, G = 2, random.choice((1, 2))
     H, slots = G * shared, taps + rewind
     C = 2 * G * K + H * V
     positions = torch.tensor([[first], [first + random.randint(0, 9)]]) + torch.arange(S)
@@ -25,9 +26,9 @@ def delta_call(dtype: torch.dtype, S: int, K: int, V: int, shared: int, rewind: 
 
 
 def check_delta_step(step: Callable[..., Tensor], dtype: torch.dtype, K: int, V: int, shared: int, rewind: int, S: int,
-                     first: int) -> None:
+                     first: int, taps: int = 4) -> None:
     """The result is what float64 has, rounded once, but for float32's errors; what is remembered, too."""
-    tensors = delta_call(dtype, S, K, V, shared, rewind, first)
+    tensors = delta_call(dtype, S, K, V, shared, rewind, first, taps)
     wide = [t.clone() if i == 2 else t.double() for i, t in enumerate(tensors)]
     truth = reference.delta_step(*wide, 1e-6)
     y = step(*tensors, 1e-6)

@@ -3,29 +3,18 @@ import random
 
 import pytest
 import torch
+from cpu_builds import VARIANTS, operators
 
 import ops
 from kv_cache import to_int8
 from ops import cpu, reference
 
-VARIANTS = ["native", "portable", *["avx2"] * ops.processor_has("avx2")]
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of the sum of |p v|; bfloat16: p as well
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=[name for name in VARIANTS if name != "avx512"])
 def attend(request):
-    """The operator of one build; a namespace other than readonce needs its schema."""
-    if cpu.build(request.param) is None:
-        pytest.skip("no C++ compiler")
-    if request.param == "native":
-        assert cpu.load()
-        return torch.ops.readonce.decode_attention
-    name = f"readonce_{request.param}"
-    library = torch.library.Library(name, "FRAGMENT")
-    library.define(str(torch.ops.readonce.decode_attention.default._schema).replace("readonce::", ""))
-    torch.ops.load_library(cpu.build(request.param))
-    request.addfinalizer(library._destroy)
-    return getattr(torch.ops, name).decode_attention
+    return operators(request, "decode_attention").decode_attention
 
 
 def folded(t: torch.Tensor, K: int) -> torch.Tensor:

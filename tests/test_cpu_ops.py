@@ -1,7 +1,6 @@
 """The CPU kernels compute what they promise, in every form this machine can run."""
 import os
 import random
-import shutil
 import subprocess
 import sys
 
@@ -9,31 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from cpu_builds import VARIANTS, operators
 
 import device
 import ops
 from ops import cpu
 from rounding import to_int4, to_int8
 
-VARIANTS = ["native", "portable", *["avx2"] * ops.processor_has("avx2"), *["avx512"] * ops.processor_has("avx512_vnni")]
-
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def kernels(request):
-    """The operators of one build; a namespace other than readonce needs its schemas."""
-    if cpu.build(request.param) is None:
-        assert shutil.which(cpu.commands(request.param)[0][0]) is None
-        pytest.skip("no C++ compiler")
-    if request.param == "native":
-        assert cpu.load()
-        return torch.ops.readonce
-    name = f"readonce_{request.param}"
-    library = torch.library.Library(name, "FRAGMENT")
-    for op in ("pack", "unpack_rows", "packed_linear", "linear16"):
-        library.define(str(getattr(torch.ops.readonce, op).default._schema).replace("readonce::", ""))
-    torch.ops.load_library(cpu.build(request.param))
-    request.addfinalizer(library._destroy)
-    return getattr(torch.ops, name)
+    return operators(request, "pack", "unpack_rows", "packed_linear", "linear16")
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:

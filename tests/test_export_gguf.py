@@ -326,7 +326,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path, changes, sa
 def test_fields_of_a_config_that_are_not_known_here_are_refused(tmp_path):
     config = random_model(tmp_path).config
     assert export_gguf.architecture(config) == "llama"
-    full = replace(config.mixers["full"], qk_norm=True, qkv_bias=True)
+    full = replace(config.mixers["full"], qk_norm="head", qkv_bias=True)
     for changed in (replace(config, logit_softcap=30.0), replace(config, norm_offset=1.0),
                     replace(config, mixers={"full": full}),
                     replace(config, mixers={"full": replace(config.mixers["full"], scale=0.5)})):
