@@ -85,7 +85,8 @@ def test_the_kernel_equals_the_reference_and_reads_no_empty_tail():
 
 
 HEADS = [dict(), dict(qk_norm="head", gated=True), dict(qk_norm="head", window=70), dict(v_norm=True, qk_norm="head"),
-         dict(keys_are_values=True, qk_norm="head", v_norm=True), dict(rope=None, scale=0.3), dict(sinks=True, window=30),
+         dict(keys_are_values=True, qk_norm="head", v_norm=True), dict(rope=None, scale=0.3),
+         dict(sinks=True, window=30),
          dict(n_kv_heads=1, gated=True)]
 
 
