@@ -1,4 +1,4 @@
-// Gated DeltaNet on a CPU: all of a layer between its matrices, for a few tokens. ops/fused.py declares the operator,
+// Gated DeltaNet on a CPU: all of a layer between its matrices, token by token. ops/fused.py declares the operator,
 // ops/reference.py says what it computes, ops/cpu.py compiles this file.
 //
 // A head's state is read from memory once for a token and written once. What the old state says of the key and of the
@@ -87,9 +87,8 @@ void to_length(float* x, int64_t n, float length) {
 // -- a head -----------------------------------------------------------------------------------------------------------
 
 // silu of the short convolution at position p, token t of the call, for n channels from `first` on; zeros behind them.
-// `keep`: their inputs are for later calls.
 template <typename T>
-void convolve(const Call<T>& c, int64_t b, int64_t t, int64_t p, int64_t first, int64_t n, bool keep, float* x) {
+void convolve(const Call<T>& c, int64_t b, int64_t t, int64_t p, int64_t first, int64_t n, float* x) {
   const T* in[MOST_TAPS];  // of the token itself, and of those before it
   const int64_t there = std::min(c.window, p + 1);  // before a text there is nothing
   for (int64_t back = 0; back < there; back++)
@@ -105,7 +104,6 @@ void convolve(const Call<T>& c, int64_t b, int64_t t, int64_t p, int64_t first, 
       sum = multiply_add(load<Floats>(taps + (c.window - 1 - back) * LANES), load_some(in[back] + i, left), sum);
     store_some(x + i, sum * sigmoid(sum), LANES);
   }
-  if (keep) std::memcpy((void*)(c.conv + (b * c.slots + p % c.slots) * c.channels + first), in[0], n * sizeof(T));
 }
 
 struct Token {  // of a head; q and k have unit length, and q is scaled
@@ -150,14 +148,13 @@ __attribute__((noinline)) void advance(const Token& x, const float* old, float* 
 
 template <typename T> void step(const Call<T>& c, int64_t b, int64_t h, const Token& room) {
   const int64_t key = h / c.sharing, keys = c.heads / c.sharing, K = c.K, V = c.V;
-  const bool first = h % c.sharing == 0;
   for (int64_t t = 0; t < c.tokens; t++) {
     Token x = room;
     const int64_t p = c.positions[b * c.tokens + t];
     TORCH_CHECK(p >= 0, "position ", p);
-    convolve(c, b, t, p, key * K, K, first, x.q);
-    convolve(c, b, t, p, (keys + key) * K, K, first, x.k);
-    convolve(c, b, t, p, 2 * keys * K + h * V, V, true, x.v);
+    convolve(c, b, t, p, key * K, K, x.q);
+    convolve(c, b, t, p, (keys + key) * K, K, x.k);
+    convolve(c, b, t, p, 2 * keys * K + h * V, V, x.v);
     to_length(x.q, K, 1 / std::sqrt((float)K)), to_length(x.k, K, 1);
     const T* gates = c.ba + (b * c.tokens + t) * 2 * c.heads + h;
     const float a = (float)gates[c.heads] + c.shift[h];
@@ -184,6 +181,10 @@ template <typename T> void run(const Call<T>& c, int64_t batch) {
     Token x{room.data(), room.data() + k, room.data() + 2 * k, room.data() + 2 * k + v, 0, 0, 0};
     for (int64_t task = begin; task < end; task++) step(c, task / c.heads, task % c.heads, x);
   });
+  for (int64_t b = 0; b < batch; b++)  // inputs that later calls look back on; until now heads looked at older ones
+    for (int64_t t = std::max<int64_t>(c.tokens - c.slots, 0), n = b * c.tokens; t < c.tokens; t++)
+      std::memcpy((void*)(c.conv + (b * c.slots + c.positions[n + t] % c.slots) * c.channels),
+                  c.qkvz + (n + t) * c.width(), c.channels * sizeof(T));
 }
 
 }  // namespace
@@ -203,7 +204,7 @@ Tensor LIBRARY::delta_step(const Tensor& qkvz, const Tensor& ba, const Tensor& p
               positions.scalar_type() == at::kLong && conv.size(0) == B && state.size(0) == B && taps.size(0) == C &&
               taps.size(1) <= MOST_TAPS &&
               norm.numel() == V && decay.numel() == H && shift.numel() == H, "shapes do not fit each other");
-  TORCH_CHECK(state.size(1) >= S && conv.size(1) >= taps.size(1) - 1 + S, S, " tokens are more than are remembered");
+  TORCH_CHECK(conv.size(1) >= taps.size(1) - 1, "the convolution looks further back than is remembered");
   Tensor dense[] = {qkvz.contiguous(), ba.contiguous(), taps.to(qkvz.scalar_type()).contiguous(),
                     positions.contiguous(), decay.to(at::kFloat).contiguous(), shift.to(at::kFloat).contiguous(),
                     norm.to(at::kFloat).contiguous()};

@@ -117,9 +117,9 @@ LIBRARY.define("delta_step(Tensor qkvz, Tensor ba, Tensor positions, Tensor(a!) 
 
 
 def delta_kernel_takes(positions: Tensor, state: Tensor) -> bool:
-    """Whether a call at positions [B, S] has `torch.ops.readonce.delta_step`: a few tokens, on a CPU if it has
-    its kernels. It computes what reference.delta_step does."""
-    few = positions.shape[1] <= state.shape[1]
+    """Whether a call at positions [B, S] has `torch.ops.readonce.delta_step`, which computes what reference.delta_step
+    does: on a CPU if it has its kernels, elsewhere for a few tokens."""
+    few = positions.device.type == "cpu" or positions.shape[1] <= state.shape[1]
     if torch.compiler.is_compiling():
         few = torch.fx.experimental.symbolic_shapes.statically_known_true(few)
     return few and loaded("delta_step", positions.device.type)
