@@ -98,7 +98,7 @@ class Quantization:
 
 
 MOST = {"num_hidden_layers": 1 << 12, "vocab_size": 1 << 24, "dim": 1 << 20, "ffn_dim": 1 << 20,
-        "max_seq_len": 1 << 31, "window": 1 << 31}  # of all other sizes 1 << 16
+        "max_seq_len": 1 << 31, "window": 1 << 31, "conv_kernel": 16}  # of all other sizes 1 << 16
 
 
 @dataclass(frozen=True)
