@@ -326,8 +326,8 @@ def read_longrope(p: dict[str, Any], rope: dict[str, Any], context: int) -> Rope
     pairs, found = rope["dim"] // 2, {key: checked(p, key, list) for key in ("short_factor", "long_factor")}
     for key, factors in found.items():
         if len(factors) != pairs or not all(type(x) in (int, float) and 1e-3 < x < 1e6 for x in factors):
-            raise UserError(f"config.json gives {key}={str(factors)[:60]} of {len(factors)}; {pairs} numbers above 0 are "
-                            f"expected, one for each pair of a head that turns")
+            raise UserError(f"config.json gives {key}={str(factors)[:60]}, {len(factors)} in all; {pairs} numbers are "
+                            f"expected, above 0, one for each pair of a head that turns")
     factor = checked(p, "factor", float, context / original)
     scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return Rope(**rope, factor=factor, original_max_seq_len=original, short=tuple(found["short_factor"]),
