@@ -109,7 +109,7 @@ def tensors(model: Transformer, checkpoint: Checkpoint, found: dict[str, list[st
         shapes = {name: checkpoint.tensors[name].shape for name in names}
         if turned(model, checkpoint, parameter):
             shapes = {names[0].removesuffix("_blocks"): module.shape}
-        if names[0].endswith("in_proj_qkvz.weight"):  # in the order of rows that we have, under the names of that
+        if names[0].endswith("in_proj_qkvz.weight"):  # in our order of rows, under the names that mean it
             mixer = model.config.mixers["linear"]
             shapes = {names[0].replace("qkvz", "qkv"): (conv_width(mixer), model.config.dim),
                       names[0].replace("qkvz", "z"): (mixer.n_v_heads * mixer.v_dim, model.config.dim)}

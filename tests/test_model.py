@@ -144,7 +144,7 @@ def test_a_window_keeps_no_more_than_itself(tmp_path):
 
 
 def test_texts_beyond_the_original_context_turn_by_the_other_factors(tmp_path, monkeypatch):
-    """As transformers reads them whole; cut into calls, and while drafts are verified, they are the same texts."""
+    """As transformers reads them whole, however they are cut into calls. Room for drafts is no room for a text."""
     kind, values = FAMILIES["Phi-3"]
     monkeypatch.setitem(FAMILIES, "Phi-3", (kind, values | dict(original_max_position_embeddings=32)))
     theirs = reference_model("Phi-3")

@@ -174,7 +174,8 @@ def test_a_quantized_model_is_the_dense_model_of_what_its_numbers_mean(family, m
     twin, texts = dense_twin(family, model), torch.randint(128, (3, 1, 24))
     off = sorted((tiny_models.run(model, ids, 20, 21, 22, 23) - tiny_models.run(twin, ids, 20)).abs().max().item()
                  for ids in texts)
-    assert off[1] < 3e-5 and off[2] < 1e-3  # some positions are ill-conditioned: see tests/test_model.py
+    ill_conditioned = "linear" in model.config.layer_types  # at some positions, see tests/test_model.py
+    assert off[1] < 3e-5 and off[2] < (1e-3 if ill_conditioned else 3e-5)
     for name, module in model.named_modules():
         if isinstance(module, Matrix) and module.scale is not None:
             original = plain.get_submodule(name).weight
