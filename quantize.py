@@ -4,8 +4,8 @@
     python quantize.py --checkpoint_path DIR --mode int4 --output DIR --calibrate TEXT_FILE
 
 The folder is a Hugging Face folder still: safetensors, the same config.json with a `quantization_config`, the
-tokenizer. A quantized matrix keeps its name (gpt-oss's experts and Qwen3-Next's linear attention get a plainer one), and beside
-it stands `<name>_scale`; ops/ says what the numbers mean.
+tokenizer. A quantized matrix keeps its name (gpt-oss's experts and Qwen3-Next's linear attention get a plainer one),
+and beside it stands `<name>_scale`; ops/ says what the numbers mean.
 A multi-token-prediction head goes along, rounded like the rest but never calibrated, as it only drafts.
 Weights are read and written a matrix at a time. With --calibrate, int4 is rounded so that the outputs on such a text
 change least.
