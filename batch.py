@@ -14,7 +14,6 @@ again: the turns of a chat, one system prompt for all. Where not all layers keep
 if the batch has any. The rounding of 16 bits may differ with the pieces that a prompt is read in; so a request with a
 seed reads all of its own.
 """
-import contextlib
 import itertools
 import random
 from collections import deque
@@ -26,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 import device as machine
-from decoding import PREFILL_CHUNK, Steps, blame, check, chunks, roomy
+from decoding import PREFILL_CHUNK, Steps, blame, check, chunks, make_room, require_unscored
 from errors import UserError
 from model import Transformer
 from sampling import RowOptions, Sampling, Varied, scored
 from snapshots import TAIL, Snapshot, Snapshots
+from speculative import Issued, Speculation, drawing
 
 WORTH = 32  # tokens in common from which copying them is better than reading them
 
@@ -81,21 +81,6 @@ class Text:
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-@contextlib.contextmanager
-def replaced(model: Transformer, caches: list[nn.Module], text: Tensor | None) -> Iterator[None]:
-    """Within it, the model's mixers have these caches, and it this text."""
-    own, its = [mixer.cache for mixer in model.mixers], model.text
-    try:
-        for mixer, cache in zip(model.mixers, caches, strict=True):
-            mixer.cache = cache
-        model.text = text
-        yield
-    finally:
-        for mixer, cache in zip(model.mixers, own, strict=True):
-            mixer.cache = cache
-        model.text = its
-
-
 class Batch:
     """`rows` texts at a time of at most `length` positions each, prompt and new tokens together; more wait.
 
@@ -112,24 +97,25 @@ class Batch:
     """
 
     def __init__(self, model: Transformer, rows: int, length: int, sampling: Sampling | Varied = Sampling(),
-                 steps: Steps = Steps(), seed: int | None = None, block: int = 0, snapshots: int = 0) -> None:
+                 steps: Steps = Steps(), seed: int | None = None, block: int = 0, snapshots: int = 0,
+                 speculation: Speculation | None = None) -> None:
         if rows < 1:
             raise UserError(f"the batch has {rows} rows; it must have at least 1")
         if length > model.config.max_seq_len:
             raise UserError(f"texts of {length} positions; the model has {model.config.max_seq_len}")
-        if model.cache_size[0] != rows or model.cache_length < length:
-            length = roomy(model, length)
-            machine.require_memory((rows + 1) * model.cache_bytes(length), model.device)
         varied = isinstance(sampling, Varied)
-        model.setup_caches(rows, length, int(varied or sampling.remembers))
+        if speculation and not varied:
+            require_unscored(sampling)
+        make_room(model, rows, length, int(varied or sampling.remembers), speculation, beside=1)
         self.model, self.steps, self.sizes = model, steps, model.cache_size
+        self.speculation, self.spare = speculation, speculation.spare if speculation else 1
+        self.length = model.cache_length - (speculation.spare if speculation else 0)
         self.sampling, self.block = sampling, max(block, model.block)
         if varied:  # of the rows, and of a prompt that is being read
             self.options, self.entrance_options = (
                 RowOptions(sampling, n, model.config.vocab_size, model.device) for n in (rows, 1))
-        else:
-            self.arguments = sampling.arguments(model.config.vocab_size, model.device) | \
-                sampling.more_arguments([0] * rows, model.device)
+        self.plain = self.options.plain if varied else sampling.arguments(model.config.vocab_size, model.device) | \
+            sampling.more_arguments([0] * rows, model.device)
         self.entrance = model.spare_caches()  # where prompts are read
         self.entrance_text = None if model.text is None else torch.zeros_like(model.text[:1])
         self.waiting: deque[Text] = deque()
@@ -139,8 +125,10 @@ class Batch:
         self.free = deque(range(rows))  # the row first that was left first
         self.whole = all(mixer.cache.whole for mixer in model.mixers)
         self.snapshots = Snapshots(model, snapshots)  # where not `whole`
-        self.token, self.position, self.taken = (torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
-                                                 for _ in range(3))
+        self.token, self.position, self.limits = (torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
+                                                  for _ in range(3))  # at a limit a text waits for its end to be known
+        if speculation:
+            speculation.open(self.limits)
         self.numbers = itertools.count()
         if seed is not None:
             torch.manual_seed(seed)
@@ -156,9 +144,9 @@ class Batch:
         """Raise UserError for a request that cannot be."""
         check(self.model, request.prompt, request.max_new_tokens)
         length = len(request.prompt) + request.max_new_tokens
-        if length > self.model.cache_length:
+        if length > self.length:
             raise UserError(f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones need "
-                            f"{length} positions; a row of this batch has {self.model.cache_length}")
+                            f"{length} positions; a row of this batch has {self.length}")
         if isinstance(self.sampling, Varied):
             self.sampling.check(request.sampling)
 
@@ -178,51 +166,70 @@ class Batch:
         """`events` by steps, each to be read to its end before the next: what one step, or the reading of a piece of a
         prompt, has given, which may be nothing. Who serves others listens to them in between."""
         assert self.model.cache_size is self.sizes, (self.model.cache_size, self.sizes)  # taken from the batch
-        told: deque[list[Text | None]] = deque()  # whose tokens are in each result
+        told: deque[tuple[list[Text | None], Issued | None]] = deque()  # whose tokens are in each result, and of what
         for flat in machine.read_late(self._results(told), self.model.device):
-            yield self._events(told.popleft(), flat)
+            yield self._events(*told.popleft(), flat)
 
-    def _events(self, texts: list[Text | None], flat: list[int]) -> Iterator[Event]:
-        width = len(flat) // max(len(texts), 1)  # above 1 with logprobs
-        tokens = flat if width < 2 else [scored(flat[i:i + width]) for i in range(0, len(flat), width)]
-        for text, token in zip(texts, tokens, strict=True):
-            if text is None or text.ended:  # a free row, or tokens made before the end of a text was known
-                continue
-            if token < 0:
-                raise UserError(f"the logits are not finite: {blame(self.model)}")
-            text.tokens.append(int(token))
-            stop = "stop_id" if token in text.request.stop_ids else \
-                "length" if len(text.tokens) == text.request.max_new_tokens else None
-            if stop:
-                self._end(text)
-            yield Event(text.number, token, stop)
+    def _events(self, texts: list[Text | None], issued: Issued | None, flat: list[int]) -> Iterator[Event]:
+        width = len(flat) // max(len(texts), 1)
+        found = [flat[i * width:(i + 1) * width] for i in range(len(texts))]
+        if issued and issued.k:
+            found = [tokens[:count] for count, *tokens in found]
+        elif width > 1:
+            found = [[scored(its)] for its in found]
+        if issued:
+            self.speculation.record(issued, [len(tokens) for text, tokens in zip(texts, found, strict=True)
+                                             if text and not text.ended])
+        for text, tokens in zip(texts, found, strict=True):
+            for token in tokens:
+                if text is None or text.ended:  # a free row, or tokens made before the end of a text was known
+                    break
+                if token < 0:
+                    raise UserError(f"the logits are not finite: {blame(self.model)}")
+                text.tokens.append(int(token))
+                stop = "stop_id" if token in text.request.stop_ids else \
+                    "length" if len(text.tokens) == text.request.max_new_tokens else None
+                if stop:
+                    self._end(text)
+                yield Event(text.number, token, stop)
 
     @torch.no_grad()
     def _results(self, told: deque) -> Iterator[Tensor]:
-        """The device side: tokens [1, 1] behind a prompt, [0] behind a piece of one, and [rows, 1] of a step, or what
-        `score` makes of them; in `told` whose they are."""
+        """The device side: tokens [1, 1] behind a prompt, [0] behind a piece of one, and of a step what `_step` gives;
+        in `told` whose they are."""
         while self.waiting or self.entering or any(self.rows):
             yield from self._enter(told)
             if not any(self.rows):
                 continue
-            token, position, *scores = self.steps.decode(self.model, self.token, self.position, self._options())
-            self.token, self.position = token.clone(), position * self.taken  # copies: a CUDA graph's are overwritten
-            told.append(list(self.rows))
-            for text in filter(None, told[-1]):
+            result, issued = self._step()
+            told.append((list(self.rows), issued))
+            for text in filter(None, told[-1][0]):
                 self._issued(text)
-            yield scores[0].clone() if scores else self.token
+            yield result
+
+    def _step(self) -> tuple[Tensor, Issued | None]:
+        """Tokens of all rows, [rows, 1], or what `score` makes of them; or a round of speculation, [rows, 1 + n]."""
+        options, speculation = self._options(), self.speculation
+        if speculation and options is self.plain:
+            result, self.token, self.position = speculation.step(self.token, self.position, None, options, self.steps)
+            return result, speculation.issued.popleft()
+        if speculation:  # whose drafts know nothing of penalties and logarithms
+            _, self.token, self.position, *scores = speculation.plain(self.token, self.position, None, options,
+                                                                      self.steps)
+        else:
+            token, position, *scores = self.steps.decode(self.model, self.token, self.position, options)
+            self.token, self.position = token.clone(), position.minimum(self.limits)  # a CUDA graph's are overwritten
+        return scores[0].clone() if scores else self.token, None
 
     def _options(self) -> dict:
         """Those of a step for the rows as they are."""
-        if not isinstance(self.sampling, Varied):
-            return self.arguments
-        plain = all(text is None or text.request.plain for text in self.rows)
-        return self.options.plain if plain else self.options.full
+        plain = not isinstance(self.sampling, Varied) or all(text is None or text.request.plain for text in self.rows)
+        return self.plain if plain else self.options.full
 
     def _entrance_options(self, request: Request) -> dict:
         """Those for reading a prompt."""
         if not isinstance(self.sampling, Varied):
-            return self.arguments | self.sampling.more_arguments([len(request.prompt)], self.model.device)
+            return self.plain | self.sampling.more_arguments([len(request.prompt)], self.model.device)
         return self.entrance_options.plain if request.plain else self.entrance_options.full
 
     def _enter(self, told: deque) -> Iterator[Tensor]:
@@ -232,26 +239,40 @@ class Batch:
             chunk, request = next(text.pieces), text.request
             ids = torch.tensor([request.prompt[chunk]], device=self.model.device)
             positions = torch.arange(chunk.start, chunk.stop, device=self.model.device)[None]
-            with replaced(self.model, self.entrance, self.entrance_text):
-                token, position, *scores = self.steps.prefill(self.model, ids, positions,
-                                                              self._entrance_options(request))
+            with self.model.using(self.entrance, self.entrance_text):
+                token, position, *scores = self._read(request, chunk.stop, ids, positions)
             read += ids.shape[1]
             if chunk.stop in text.marks:
                 shared = text.marks[chunk.stop]
                 self.snapshots.keep(request.prompt[:chunk.stop], self.entrance, shared, text.snapshot)
             if chunk.stop < len(request.prompt):
-                told.append([])
+                told.append(([], None))
                 yield self.token[:0]
                 continue
-            told.append([text])
+            told.append(([text], None))
             self._take_row(text, token, position)
             yield scores[0] if scores else token
+
+    def _read(self, request: Request, stop: int, ids: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """A piece of a prompt, ids [1, S] up to `stop`: the next token, its position, and perhaps what `score` gives.
+        """
+        options, draft = self._entrance_options(request), self.speculation and self.speculation.draft
+        hears = draft is not None and draft.hears
+        token, position, *more = self.steps.prefill(self.model, ids, positions,
+                                                    options | {"hidden": True} if hears else options)
+        if draft:
+            after = torch.tensor([request.prompt[stop:stop + 1]], device=ids.device) if stop < len(request.prompt) \
+                else token
+            draft.read(stop, more.pop(0) if hears else None, positions, torch.cat([ids[:, 1:], after], 1), self.steps)
+        return token, position, *more
 
     def _take_row(self, text: Text, token: Tensor, position: Tensor) -> None:
         """A text whose prompt was read: its caches, first token and position move into a free row."""
         self.entering, row = None, text.row if text.row in self.free else self.free[0]
         self.free.remove(row)
         length = len(text.request.prompt)
+        if self.speculation:
+            self.speculation.draft.take(row, self.position, drawing(self.plain), self.steps)
         for mixer, cache in zip(self.model.mixers, self.entrance, strict=True):
             mixer.cache.adopt(row, cache, length)
         if self.model.text is not None:
@@ -259,15 +280,18 @@ class Batch:
         if isinstance(self.sampling, Varied):
             self.options.set(row, text.request.sampling, text.seed, length)
         elif self.sampling.remembers:
-            self.arguments["starts"][row] = length
+            self.plain["starts"][row] = length
         self.rows[row] = self.held[row] = text
-        self.token[row], self.position[row], self.taken[row] = token[0], position[0], 1
+        self.token[row], self.position[row] = token[0], position[0]
+        self.limits[row] = length + text.request.max_new_tokens - 1
         self._issued(text)
 
     def _next(self) -> Text | None:
         """The text whose prompt is to be read on, if there is one and a row for it."""
         if self.entering is None and self.waiting and self.free:
             text = self.entering = self.waiting.popleft()
+            if self.speculation:
+                self.speculation.draft.admit(text.request.prompt, None, 0)
             text.pieces = self._pieces(text)
             if isinstance(self.sampling, Varied):
                 self.entrance_options.set(0, text.request.sampling, text.seed, len(text.request.prompt))
@@ -286,9 +310,11 @@ class Batch:
         if start < WORTH:
             return chunks(0, len(prompt), self.block)
         self._adopt([mixer.cache for mixer in self.model.mixers], prompt[:start], row)
+        if self.speculation:
+            self.speculation.draft.admit(prompt, row, start)
         if 2 * start >= len(self.held[row].request.prompt) + len(self.held[row].tokens):
             text.row = row  # else what it holds is worth keeping for others
-        first = [slice(0, 1)] if row in self.free else []  # steps went on there, at position 0
+        first = [slice(0, self.spare)] if row in self.free else []  # steps went on there, at position 0
         return itertools.chain(first, chunks(start, len(prompt), self.block))
 
     def _behind_snapshot(self, text: Text, common: list[int]) -> Iterator[slice]:
@@ -312,7 +338,7 @@ class Batch:
             self.entrance_text[0, :len(tokens)] = torch.tensor(tokens)
 
     def _issued(self, text: Text) -> None:
-        """A token more is being made; behind the last one, the row is free before anybody has seen it."""
+        """A token more is being made, at least; behind the last one, the row is free before anybody has seen it."""
         text.issued += 1
         if text.issued == text.request.max_new_tokens:
             self._leave(text)
@@ -324,8 +350,10 @@ class Batch:
     def _leave(self, text: Text) -> None:
         if text in self.rows:
             row = self.rows.index(text)
-            self.rows[row], self.position[row], self.taken[row] = None, 0, 0
+            self.rows[row], self.position[row], self.limits[row] = None, 0, 0
             self.free.append(row)
+            if self.speculation:
+                self.speculation.draft.leave(row, len(text.request.prompt) + len(text.tokens))
         elif text is self.entering:
             self.entering = None
         elif text in self.waiting:
@@ -333,7 +361,8 @@ class Batch:
 
 
 def generate_batch(model: Transformer, requests: Sequence[Request], rows: int, sampling: Sampling = Sampling(),
-                   seed: int | None = None, steps: Steps = Steps()) -> Iterator[Event]:
+                   seed: int | None = None, steps: Steps = Steps(),
+                   speculation: Speculation | None = None) -> Iterator[Event]:
     """The tokens of all requests, each with its request's index, as they come; `rows` texts at a time, see `Batch`.
 
     Raises UserError before the first token for a request that cannot be.
@@ -341,7 +370,7 @@ def generate_batch(model: Transformer, requests: Sequence[Request], rows: int, s
     for request in requests:
         check(model, request.prompt, request.max_new_tokens)
     length = max((len(request.prompt) + request.max_new_tokens for request in requests), default=1)
-    batch = Batch(model, rows, length, sampling, steps, seed)
+    batch = Batch(model, rows, length, sampling, steps, seed, speculation=speculation)
     for request in requests:
         batch.add(request)
     return batch.events()

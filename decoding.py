@@ -19,7 +19,7 @@ import device as machine
 from aot import compiled
 from errors import UserError
 from model import Transformer
-from sampling import Sampling, distribution, draw, penalize, sample, sample_apart, score, scored
+from sampling import Sampling, distribution, draw, penalize, sample, sample_apart, sample_places, score, scored
 from speculative import Proposal, Speculation, accept, given_or, greedy, lookup
 from tp import candidates, first_id
 
@@ -72,28 +72,32 @@ def verify(model: Transformer, token: Tensor, position: Tensor, options: dict) -
     """A token [B, 1] at [B, 1] and k drafted ones behind it -> [B, 1 + k + 1], how many tokens count and the tokens
     (see `speculative.accept`); the last that counts and its position, both [B, 1]; and hidden states [B, k + 1, D].
 
-    options: `drafted` [B, k], perhaps with `probs` and `ids`; `given` [B, k + 1]; `limit` [], the last position that
-    matters; those of `sample`; `synthetic`.
+    options: `drafted` [B, k], perhaps with `probs` and `ids`; `given` [B, k + 1]; `end` [B, 1], the last position that
+    matters; those of `sample`, or `RowOptions`; `synthetic`.
     """
     drafted, given = options["drafted"], options["given"]
     tokens = torch.cat([token, given_or(given[:, :-1], drafted)], 1).clamp_min(0)
     places = position + torch.arange(tokens.shape[1], device=token.device)
     x = model.hidden(tokens, places)
     logits, ids = _candidates(model, _penalized(model, model.logits(x), places, options), options)
+    own = sample_places(logits, places + 1, options, ids) if "seed" in options else None
     accepted, count = accept(
         logits, Proposal(drafted, options.get("probs"), options.get("ids")), given, options["temperature"],
-        options["top_k"], options["top_p"], options["min_p"], options.get("synthetic"), ids, model.config.vocab_size)
+        options["top_k"], options["top_p"], options["min_p"], options.get("synthetic"), ids, model.config.vocab_size,
+        own)
     return (torch.cat([count, accepted], 1), accepted.gather(1, count - 1),
-            (position + count).minimum(options["limit"]), x)
+            (position + count).minimum(options["end"]), x)
 
 
 def propose(model: Transformer, tokens: Tensor, positions: Tensor, options: dict) -> tuple[Tensor, ...]:
     """A draft's step, [B, S] at [B, S] -> the token that it thinks comes next, [B, 1], unless that was the choice of
     argmax with the probabilities [B, N] it was drawn from, and with top-k their ids [B, N].
 
-    options: those of `sample`, and `vocab_size` of the model that the tokens are for: families pad tables differently.
+    options: those of `sample` or `RowOptions`, and `vocab_size` of the model that the tokens are for: families pad
+    tables differently. With a seed the draft chooses by the same noise as the model will, and so as likely as can be
+    the same.
     """
-    return _guess(model, model(tokens.clamp_min(0), positions), options)
+    return _guess(model, model(tokens.clamp_min(0), positions), positions[:, -1:] + 1, options)
 
 
 def foretell(model: Transformer, hidden: Tensor, positions: Tensor, options: dict) -> tuple[Tensor, ...]:
@@ -103,16 +107,19 @@ def foretell(model: Transformer, hidden: Tensor, positions: Tensor, options: dic
     hidden = hidden if options["normed"] else model.norm(hidden)
     x = model.draft_hidden(hidden, options["tokens"].clamp_min(0), positions)
     x = x.gather(1, options["last"][..., None].expand(-1, -1, x.shape[-1]))
-    return x, *_guess(model, model.head(x[:, 0]), options)
+    return x, *_guess(model, model.head(x[:, 0]), positions.gather(1, options["last"]) + 2, options)
 
 
-def _guess(model: Transformer, logits: Tensor, options: dict) -> tuple[Tensor, ...]:
+def _guess(model: Transformer, logits: Tensor, position: Tensor, options: dict) -> tuple[Tensor, ...]:
+    """The token that a draft takes for the one at position [B, 1], from logits [B, V]."""
     (logits, ids), vocab_size = _candidates(model, logits, options), options["vocab_size"]
     if ids is None:
-        logits = F.pad(logits, (0, vocab_size - logits.shape[-1]), value=float("-inf"))
+        logits = F.pad(logits, (0, vocab_size - logits.shape[-1]), value=torch.finfo(logits.dtype).min)
     elif model.config.vocab_size > vocab_size:
         logits = logits.masked_fill(ids >= vocab_size, torch.finfo(logits.dtype).min)
         ids = ids.clamp_max(vocab_size - 1)
+    if "seed" in options:
+        return (sample_apart(logits, position, options, ids),)
     if options["temperature"] is None:
         return (greedy(logits, ids)[:, None],)
     probs, ids = distribution(logits, options["temperature"], options["top_k"], options["top_p"], options["min_p"], ids)
@@ -185,15 +192,26 @@ def prepare(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens
     """Check that such texts are possible, and make room for them."""
     for prompt in prompts:
         check(model, prompt, max_new_tokens)
-    if speculation and sampling.logprobs is not None:
+    if speculation:
+        require_unscored(sampling)
+    make_room(model, len(prompts), max(map(len, prompts)) + max_new_tokens, int(sampling.remembers), speculation)
+
+
+def require_unscored(sampling: Sampling) -> None:
+    """UserError where a draft would have to tell logarithms."""
+    if sampling.logprobs is not None:
         raise UserError("logprobs are not told while speculating; leave one of --logprobs and --draft out")
-    length = max(map(len, prompts)) + max_new_tokens
-    rows, have, _ = model.cache_size
-    spare, rewind = (speculation.spare, speculation.longest) if speculation else (0, int(sampling.remembers))
-    if rows != len(prompts) or have < length + spare:
+
+
+def make_room(model: Transformer, rows: int, length: int, rewind: int, speculation: Speculation | None,
+              beside: int = 0) -> None:
+    """Caches for so many texts of a length, and memory for `beside` more; with what speculation needs."""
+    batch, have, _ = model.cache_size
+    spare, rewind = (speculation.spare, speculation.longest) if speculation else (0, rewind)
+    if batch != rows or have < length + spare:
         length = max(have - spare, roomy(model, length))
-        machine.require_memory(len(prompts) * model.cache_bytes(length), model.device)
-    model.setup_caches(len(prompts), max(length + spare, have), rewind)
+        machine.require_memory((rows + beside) * model.cache_bytes(length), model.device)
+    model.setup_caches(rows, max(length + spare, have), rewind)
     if speculation:
         speculation.setup(model)
 

@@ -5,7 +5,7 @@ Glossary: B batch, k drafted tokens, S tokens in one call.
 """
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from layers import Matrix
 from loader import fill_rounded, materialize
 from model import Transformer
 from quantize import quantize_
+from sampling import Sampling
 from speculative import LONGEST, Draft, Proposal, given_or
 from tokenizer import Tokenizer
 from tp import build, whole_config
@@ -37,56 +38,26 @@ class LookupDraft(Draft):
 
     def look(self, token: Tensor, position: Tensor, steps: Steps) -> int:
         self.tokens, found = (t.clone() for t in steps.look_up(self.model, token, position, {"k": self.longest}))
-        return int(found.max()) or -1 if found.device.type == "cpu" else 0  # elsewhere it would be waited for
+        if found.device.type != "cpu":
+            return 0  # it would be waited for
+        return -(-int(found.sum()) // len(found)) or -1
 
     def propose(self, k: int, token: Tensor, position: Tensor, given: Tensor | None, options: dict,
                 steps: Steps) -> Proposal:
         return Proposal(self.tokens[:, :k].contiguous())
 
 
-class ModelDraft(Draft):
-    """A smaller model with the same vocabulary."""
+class SteppingDraft(Draft):
+    """A model that makes one token after another."""
 
     choices = 1, 3, 5
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
-        self.known = self.end = 0  # positions that its caches hold of this text, and up to which it has read anything
-        self.missing = 0  # tokens that it has not read, but for the last two
-
-    def setup(self, model: Transformer, longest: int) -> None:
-        self.target, before = model, self.model.cache_size
-        batch, length, _ = model.cache_size
-        if self.model.cache_size[0] != batch or self.model.cache_length < length:
-            machine.require_memory(batch * self.model.cache_bytes(length), self.model.device)
-        self.model.setup_caches(batch, length, longest)
-        if self.model.cache_size is not before:
-            self.known = self.end = 0
-
-    def begin(self, cached: int, position: Tensor, start: int, options: dict, steps: Steps) -> None:
-        options = options | {"vocab_size": self.target.config.vocab_size}
-        self.known = min(self.known, cached)
-        if not self.model.rewind(self.end - self.known):
-            self.known = 0
-        self.missing = start - 1 - self.known
-        self.catch_up(position, steps, options)
-
-    def catch_up(self, position: Tensor, steps: Steps, options: dict) -> None:
-        """Read what is missing before the last two tokens, the latter of which stands at `position` [B, 1]: a few in
-        pairs, for which there is a compiled step; of an odd number the last one brings its successor along."""
-        few = self.missing <= FEW
-        pieces = [slice(i, i + 2) for i in range(0, self.missing, 2)] if few else \
-            chunks(0, self.missing, self.model.block)
-        for piece in pieces:
-            at = position - 1 - self.missing + torch.arange(piece.start, piece.stop, device=position.device)
-            (steps.propose if few else steps.prefill)(self.model, self.target.text.gather(1, at), at, options)
-        self.missing = 0
 
     def latest(self, token: Tensor, position: Tensor, steps: Steps, options: dict) -> tuple[Tensor, Tensor]:
-        """What to begin with. If all of the last proposal stood, its last token was never read: so the last two."""
-        self.catch_up(position, steps, options)
-        before = position - 1
-        return torch.cat([self.target.text.gather(1, before), token], 1), torch.cat([before, position], 1)
+        """Tokens to begin with and their positions, both [B, 1 or 2]."""
+        return token, position
 
     def propose(self, k: int, token: Tensor, position: Tensor, given: Tensor | None, options: dict,
                 steps: Steps) -> Proposal:
@@ -101,15 +72,8 @@ class ModelDraft(Draft):
             tokens, positions = token, positions[:, -1:] + 1
         return proposal(drafted)
 
-    def skip(self, n: int) -> None:
-        self.missing += n
 
-    def record(self, start: int) -> None:
-        self.known = max(start - 1 - self.missing, 0)
-        self.end = start + 3 * (LONGEST + 1)  # with what a device may have been given since
-
-
-class SelfDraft(ModelDraft):
+class SelfDraft(SteppingDraft):
     """The model itself in int4, over the model's own caches: what it writes there the model overwrites when it checks,
     so that it always reads exact keys, values and states, and has no prompt to read."""
 
@@ -120,11 +84,93 @@ class SelfDraft(ModelDraft):
                 own.attention.cache = layer.attention.cache
             self.model.cache_size = model.cache_size
 
+
+class ModelDraft(SteppingDraft):
+    """A smaller model with the same vocabulary."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__(model)
+        self.known = self.end = 0  # positions that its caches hold of this text, and up to which it has read anything
+        self.missing = 0  # tokens that it has not read, but for the last two
+
+    def setup(self, model: Transformer, longest: int) -> None:
+        self.target, before = model, self.model.cache_size
+        batch, length, _ = model.cache_size
+        if self.model.cache_size[0] != batch or self.model.cache_length < length:
+            machine.require_memory(batch * self.model.cache_bytes(length), self.model.device)
+        self.model.setup_caches(batch, length, longest)
+        if self.model.cache_size is not before:
+            self.known = self.end = 0
+
     def begin(self, cached: int, position: Tensor, start: int, options: dict, steps: Steps) -> None:
-        pass
+        self.known = min(self.known, cached)
+        if not self.model.rewind(self.end - self.known):
+            self.known = 0
+        self.missing = start - 1 - self.known
+        self.catch_up(position, steps, options)
+
+    def catch_up(self, position: Tensor, steps: Steps, options: dict) -> None:
+        """Read what is missing before the last two tokens, the latter of which stands at `position` [B, 1]: a few in
+        pairs, for which there is a compiled step; of an odd number the last one brings its successor along."""
+        options, few = options | {"vocab_size": self.target.config.vocab_size}, self.missing <= FEW
+        pieces = [slice(i, i + 2) for i in range(0, self.missing, 2)] if few else \
+            chunks(0, self.missing, self.model.block)
+        first = (position - 1 - self.missing).clamp_min(0)  # below it are free rows
+        for piece in pieces:
+            at = first + torch.arange(piece.start, piece.stop, device=position.device)
+            (steps.propose if few else steps.prefill)(self.model, self.target.text.gather(1, at), at, options)
+        self.missing = 0
 
     def latest(self, token: Tensor, position: Tensor, steps: Steps, options: dict) -> tuple[Tensor, Tensor]:
-        return token, position
+        """If all of the last proposal stood, its last token was never read: so the last two."""
+        self.catch_up(position, steps, options)
+        before = (position - 1).clamp_min(0)
+        return torch.cat([self.target.text.gather(1, before), token], 1), torch.cat([before, before + 1], 1)
+
+    def skip(self) -> None:
+        self.missing += 1
+
+    def record(self, start: int) -> None:
+        self.known = max(start - 1 - self.missing, 0)
+        self.end = start + 3 * (LONGEST + 1)  # with what a device may have been given since
+
+    def open(self) -> None:
+        self.known = self.end = self.missing = 0
+        self.entrance = self.model.spare_caches()
+        self.left: dict[int, int] = {}  # free row -> how much its caches hold of its last text, but for the beginning
+        self.whole = all(mixer.cache.whole for mixer in self.model.mixers)
+
+    def admit(self, prompt: Sequence[int], row: int | None, shared: int) -> None:
+        """What a free row may have been overwritten with is read again; see `catch_up` and `latest`."""
+        spoiled = FEW + 2 if row in self.left else 0
+        known = min(shared, self.left.get(row, shared - 1 - self.missing))
+        if row is None or not self.whole or known <= spoiled:
+            known = spoiled = 0
+        for cache, mixer in zip(self.entrance, self.model.mixers, strict=True) if known else ():
+            cache.adopt(0, mixer.cache, known, row)
+        self.prompt = prompt
+        self.pieces = itertools.chain(chunks(0, spoiled, 0), chunks(known, len(prompt) - 1, self.model.block))
+
+    def read(self, stop: int, hidden: Tensor | None, positions: Tensor, tokens: Tensor, steps: Steps) -> None:
+        for piece in self.pieces:
+            ids = torch.tensor([self.prompt[piece]], device=positions.device)
+            at = torch.arange(piece.start, piece.stop, device=positions.device)[None]
+            with self.model.using(self.entrance, None):
+                steps.prefill(self.model, ids, at, Sampling(0).arguments(self.model.config.vocab_size, ids.device))
+            if piece.stop >= stop:
+                break
+
+    def take(self, row: int, position: Tensor, options: dict, steps: Steps) -> None:
+        """All rows have as much missing, so that these are not to have anything."""
+        if self.missing > FEW:
+            self.left = dict.fromkeys(self.left, 0)
+        self.catch_up(position, steps, options)
+        for mixer, cache in zip(self.model.mixers, self.entrance, strict=True):
+            mixer.cache.adopt(row, cache, len(self.prompt) - 1)
+        self.left.pop(row, None)
+
+    def leave(self, row: int, length: int) -> None:
+        self.left[row] = max(length - 2 - self.missing, 0)
 
 
 class MultiTokenDraft(Draft):
@@ -140,10 +186,28 @@ class MultiTokenDraft(Draft):
         self.model = model
         self.waiting: list[tuple[Tensor, ...]] = []
 
-    def read(self, hidden: Tensor, positions: Tensor, tokens: Tensor) -> None:
+    def read(self, stop: int, hidden: Tensor, positions: Tensor, tokens: Tensor, steps: Steps) -> None:
         self.run(hidden, positions, tokens)
-        last = (x[:, -1:] for x in (hidden, positions, tokens))
-        self.waiting = [(*last, torch.ones_like(tokens[:, :1]))]  # once more when something is proposed, for its output
+        self.last = [x[:, -1:].clone() for x in (hidden, positions, tokens)]
+
+    def begin(self, cached: int, position: Tensor, start: int, options: dict, steps: Steps) -> None:
+        """The last token of a prompt is read once more when something is proposed, for its output."""
+        self.waiting = [(*self.last, torch.ones_like(position))]
+
+    def open(self) -> None:
+        rows, device = self.model.cache_size[0], self.model.device
+        hidden = torch.zeros(rows, 1, self.model.config.dim, dtype=self.model.dtype, device=device)
+        places, tokens, count = torch.zeros(3, rows, 1, dtype=torch.int64, device=device)
+        self.waiting = [(hidden, places, tokens, count + 1)]
+
+    def take(self, row: int, position: Tensor, options: dict, steps: Steps) -> None:
+        self.catch_up()
+        hidden, positions, tokens, count = (x.clone() for x in self.waiting[0])
+        for mine, its in zip((hidden, positions, tokens), self.last, strict=True):
+            mine[row] = its[0]  # in all places, of which the first counts
+        positions[row] += torch.arange(positions.shape[1], device=positions.device)
+        count[row] = 1
+        self.waiting = [(hidden, positions, tokens, count)]
 
     def hear(self, hidden: Tensor, positions: Tensor, tokens: Tensor, count: Tensor) -> None:
         self.waiting.append((hidden, positions, tokens, count))

@@ -6,7 +6,8 @@ Names follow Meta's Llama; weights are those of the Hugging Face files, fused (q
 Glossary: B batch, S tokens in this call, D dim, H heads, K kv heads, E head_dim, L cache slots, V vocabulary,
 A active experts, N = B * S.
 """
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -279,6 +280,20 @@ class Transformer(nn.Module):
             spare.append(mixer.cache)
             mixer.cache = cache
         return spare
+
+    @contextlib.contextmanager
+    def using(self, caches: list[nn.Module], text: Tensor | None) -> Iterator[None]:
+        """Within it, the mixers have these caches, and the model this text."""
+        own, its = [mixer.cache for mixer in self.mixers], self.text
+        try:
+            for mixer, cache in zip(self.mixers, caches, strict=True):
+                mixer.cache = cache
+            self.text = text
+            yield
+        finally:
+            for mixer, cache in zip(self.mixers, own, strict=True):
+                mixer.cache = cache
+            self.text = its
 
     def rewind(self, n: int) -> bool:
         """Whether the next call may start n positions before the end of the last one; if not, start again at 0."""

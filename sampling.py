@@ -223,6 +223,17 @@ def sample_apart(logits: Tensor, position: Tensor, options: dict, ids: Tensor | 
     return torch.where(finite, token, -1)
 
 
+def sample_places(logits: Tensor, positions: Tensor, options: dict, ids: Tensor | None = None) -> Tensor:
+    """The same for several tokens of each row: logits [B, S, V] to tokens [B, S] that will stand at positions [B, S],
+    as `sample_apart` would give them one by one."""
+    S = positions.shape[1]
+    each = {name: value.repeat_interleave(S, 0) for name, value in options.items()
+            if name in ("temperature", "top_p", "min_p", "limit", "seed")}
+    token = sample_apart(logits.flatten(0, 1), positions.reshape(-1, 1), options | each,
+                         None if ids is None else ids.flatten(0, 1))
+    return token.view(positions.shape)
+
+
 # -- what the text so far has to say ----------------------------------------------------------------------------------
 
 def penalize(logits: Tensor, text: Tensor, positions: Tensor, starts: Tensor, penalties: Tensor, first: int) -> Tensor:

@@ -5,8 +5,9 @@ both read every weight once. What the model would not have said is given up.
 
 Glossary: B batch, k drafted tokens, V vocabulary, N candidates left after top-k (V without it).
 """
+import functools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,8 @@ class Proposal(NamedTuple):
 
 def accept(logits: Tensor, proposal: Proposal, given: Tensor, temperature: Tensor | None, top_k: int | None = None,
            top_p: Tensor | None = None, min_p: Tensor | None = None, synthetic: Tensor | None = None,
-           ids: Tensor | None = None, vocab_size: int | None = None) -> tuple[Tensor, Tensor]:
+           ids: Tensor | None = None, vocab_size: int | None = None,
+           own: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """How much of a proposal stands: tokens [B, k + 1], -1 after the last that counts, and how many count, [B, 1].
 
     logits [B, k + 1, V]: the model's, before each drafted token and after the last. At least one token counts: the last
@@ -42,13 +44,14 @@ def accept(logits: Tensor, proposal: Proposal, given: Tensor, temperature: Tenso
     with probability min(1, p(d) / q(d)), and a refused one replaced by a draw from what p has more than q (Leviathan et
     al. 2023, arXiv 2211.17192). `given` [B, k + 1]: tokens that are known already, since a prompt holds them; -1 none.
     Where logits are not finite the token is -1, and counts. `synthetic`, for random weights: take each drafted token
-    with this probability, whatever it is. `ids` [B, k + 1, n] as in `sample`, of `vocab_size`.
+    with this probability, whatever it is. `ids` [B, k + 1, n] as in `sample`, of `vocab_size`. `own` [B, k + 1]: what
+    the model says at each place if that is settled, so that a drafted token stands if it is the same.
     """
     vocab_size = vocab_size or logits.shape[-1]
     k, finite = given.shape[1] - 1, logits.isfinite().all(-1)  # [B, k + 1]
     drafted = given_or(given[:, :k], proposal.tokens)
-    if temperature is None:
-        own = given_or(given, torch.where(finite, greedy(logits, ids), -1))
+    if temperature is None or own is not None:
+        own = given_or(given, torch.where(finite, greedy(logits, ids), -1) if own is None else own)
         stands = (drafted == own[:, :k]) & (own[:, :k] >= 0)
         stands = stands if synthetic is None else synthetic_choice(synthetic, drafted)
         count = 1 + stands.cumprod(1).sum(1, keepdim=True)
@@ -138,9 +141,13 @@ def lookup(text: Tensor, token: Tensor, position: Tensor, k: int) -> tuple[Tenso
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 class Draft:
-    """Something that proposes tokens. What is not `propose` may be left as it is here."""
+    """Something that proposes tokens. What is not `propose` may be left as it is here.
+
+    A text is told of by `begin`, or in a batch, whose rows take one text after another, by `open` at first, and then
+    for each `admit`, `read`, `take` and `leave`.
+    """
     choices: tuple[int, ...]  # how many at a time, where `Pace` decides
-    hears = False  # whether `hear` is to be called, and for pieces of a prompt `read`, which needs no `count`
+    hears = False  # whether it is to be given hidden states, by `read` and `hear`
 
     def setup(self, model, longest: int) -> None:
         """Make room for texts as long as the caches of `model` (which may be new) hold, and proposals of `longest`."""
@@ -158,8 +165,8 @@ class Draft:
         """The next k tokens; `given` [B, k + 1] those that are known, or -1; `options` those of `sample`."""
         raise NotImplementedError
 
-    def skip(self, n: int) -> None:
-        """So many tokens were read without anything proposed."""
+    def skip(self) -> None:
+        """A token was read in each row without anything proposed."""
 
     def hear(self, hidden: Tensor, positions: Tensor, tokens: Tensor, count: Tensor) -> None:
         """The model's hidden states [B, S, D] at positions [B, S], the tokens [B, S] behind each, and how many of these
@@ -167,6 +174,22 @@ class Draft:
 
     def record(self, start: int) -> None:
         """It turned out that the text goes up to `start` at least."""
+
+    def open(self) -> None:
+        """The model's rows are those of a batch from now on, all free: such a row stands at position 0."""
+
+    def admit(self, prompt: Sequence[int], row: int | None, shared: int) -> None:
+        """A prompt is to be read beside the rows, the first `shared` tokens of which are those of a row's text."""
+
+    def read(self, stop: int, hidden: Tensor | None, positions: Tensor, tokens: Tensor, steps) -> None:
+        """The model has read a prompt up to `stop`, at last these positions [B, S], behind which are these tokens
+        [B, S]."""
+
+    def take(self, row: int, position: Tensor, options: dict, steps) -> None:
+        """That prompt, read to its end, becomes the text of a row; the rows' positions before it are [B, 1]."""
+
+    def leave(self, row: int, length: int) -> None:
+        """The text of a row has ended with so many tokens, and may serve another one that begins like it."""
 
 
 class Issued(NamedTuple):
@@ -183,14 +206,15 @@ class Speculation:
     `length`: that many, or None for what `Pace` finds best. `synthetic`: see `accept`.
     """
 
-    def __init__(self, draft: Draft, name: str, length: int | None = None, synthetic: float | None = None) -> None:
+    def __init__(self, draft: Draft, name: str, length: int | None = None, synthetic: float | None = None,
+                 rows: int = 1) -> None:
         if length is not None and not 1 <= length <= LONGEST:
             raise UserError(f"--speculate_k is {length}; allowed: 1 to {LONGEST}, or auto")
         if synthetic is not None and not 0 <= synthetic <= 1:
             raise UserError(f"--synthetic_acceptance is {synthetic}; allowed: 0 to 1")
         self.draft, self.name, self.length, self.synthetic = draft, name, length, synthetic
         self.forced: int | None = None  # in place of `length` and `Pace`
-        self.pace = Pace(draft.choices if length is None else (length,))
+        self.pace = Pace(few_enough(draft.choices, rows) if length is None else (length,))
         self.longest = max(self.pace.choices)  # as many positions may be given up after a round
         self.spare = self.longest + 1  # positions behind a text that are written nevertheless
         self.statistics = Statistics(name, synthetic)
@@ -203,51 +227,67 @@ class Speculation:
     def begin(self, cached: int, position: Tensor, start: int, limit: int, options: dict, steps) -> None:
         """See `Draft`; no position after `limit` matters."""
         self.least = self.most = start  # between these all rows are
-        self.limit, self.last = limit, torch.tensor(limit, device=position.device)
+        self._prepare(torch.full_like(position, limit), limit)
+        self.draft.begin(cached, position, start, drawing(options), steps)
+
+    def open(self, limits: Tensor) -> None:
+        """The same for a batch; no position after `limits` [B, 1] matters, which it changes as texts come and go."""
+        self.least = self.most = 0
+        self._prepare(limits, -1)
+        self.draft.open()
+
+    def _prepare(self, limits: Tensor, limit: int) -> None:
+        self.limits, self.limit = limits, limit  # up to the latter no position is after the former
+        self.left, self.calls = 0, []  # plain steps that come next, and what those before took
         self.statistics = Statistics(self.name, self.synthetic)
         self.pace.begin()
         self.issued.clear()
-        self.nothing = torch.full((len(position), self.longest + 1), -1, device=position.device)
-        self.rate = None if self.synthetic is None else torch.tensor(self.synthetic, device=position.device)
-        self.draft.begin(cached, position, start, drawing(options), steps)
+        self.nothing = torch.full((len(limits), self.longest + 1), -1, device=limits.device)
+        self.rate = None if self.synthetic is None else torch.tensor(self.synthetic, device=limits.device)
 
     @property
     def read(self) -> Callable | None:
         """What is to be told of a prompt's hidden states, positions and the tokens after, if anything is."""
-        return self.draft.read if self.draft.hears else None
+        return functools.partial(self.draft.read, 0, steps=None) if self.draft.hears else None
 
     def rounds(self, token: Tensor, position: Tensor, ids: Tensor, options: dict, steps) -> Iterator[Tensor]:
-        """Go on from `token` at `position`, both [B, 1], without end: of each round how many tokens are new and the
-        tokens, [B, 1 + n]; or just the one of a plain step, [B, 1]. `ids` [B, longest + 1] are prompts, padded with -1;
-        rows wait at `limit`."""
+        """Go on from `token` at `position`, both [B, 1], without end: what `step` gives. `ids` [B, longest + 1] are
+        prompts, padded with -1; rows wait at their limits."""
         while True:
             prompts = ids if self.least < ids.shape[1] - 2 else None  # the longest may not have been read
-            start, plain, strength = machine.mark(token.device), self.due, 0
-            if not plain:
+            result, token, position = self.step(token, position, prompts, options, steps)
+            yield result
+
+    def step(self, token: Tensor, position: Tensor, ids: Tensor | None, options: dict,
+             steps) -> tuple[Tensor, Tensor, Tensor]:
+        """A round: how many tokens are new and the tokens, [B, 1 + n]; or the one of a plain step, [B, 1], as often as
+        that is thought better. And the last that counts with its position, both [B, 1]."""
+        if not self.left:
+            start, self.left, strength = machine.mark(token.device), self.due, 0
+            if not self.left:
                 strength = self.draft.look(token, position, steps)
                 if k := self.choose(strength):
-                    result, token, position = self.round(k, strength, start, token, position, prompts, options, steps)
-                    yield result
-                    continue
-                plain = 1
-            drafted, calls = machine.mark(token.device), []
-            self.draft.skip(plain)
-            for i in range(plain):
-                begun = machine.mark(token.device)
-                token, position = self.plain(token, position, prompts, options, steps)
-                calls.append((begun, machine.mark(token.device)))
-                self.issued.append(Issued(0, 0, (start, drafted), calls) if i == plain - 1 else None)
-                yield token
+                    return self.round(k, strength, start, token, position, ids, options, steps)
+                self.left = 1
+            self.thought, self.calls = (start, machine.mark(token.device)), []
+        begun = machine.mark(token.device)
+        result, token, position, *_ = self.plain(token, position, ids, options, steps)
+        self.calls.append((begun, machine.mark(token.device)))
+        self.left -= 1
+        self.issued.append(None if self.left else Issued(0, 0, self.thought, self.calls))
+        return result, token, position
 
-    def plain(self, token: Tensor, position: Tensor, ids: Tensor | None, options: dict, steps) -> tuple[Tensor, Tensor]:
-        """The next token and its position."""
+    def plain(self, token: Tensor, position: Tensor, ids: Tensor | None, options: dict, steps) -> tuple[Tensor, ...]:
+        """The next token, twice, and its position; and what else the step gives."""
         at, options = position, options | {"hidden": True} if self.draft.hears else options
-        token, position, *hidden = (t.clone() for t in steps.decode(self.model, token, position, options))
+        token, position, *more = (t.clone() for t in steps.decode(self.model, token, position, options))
         token = token if ids is None else given_or(upcoming(ids, at, 1), token)
         self.least, self.most = self.least + 1, self.most + 1
+        self.draft.skip()
         if self.draft.hears:
-            self.draft.hear(*hidden, at, token, torch.ones_like(token))
-        return token, position if self.most <= self.limit else position.minimum(self.last)
+            hidden, *more = more
+            self.draft.hear(hidden, at, token, torch.ones_like(token))
+        return token, token, position if self.most <= self.limit else position.minimum(self.limits), *more
 
     def round(self, k: int, strength: int, start, token: Tensor, position: Tensor, ids: Tensor | None, options: dict,
               steps) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,7 +295,7 @@ class Speculation:
         given, at = None if ids is None else upcoming(ids, position, k + 1), position
         proposal = self.draft.propose(k, token, position, given, drawing(options), steps)
         drafted = machine.mark(token.device)
-        more = {"drafted": proposal.tokens, "probs": proposal.probs, "ids": proposal.ids, "limit": self.last,
+        more = {"drafted": proposal.tokens, "probs": proposal.probs, "ids": proposal.ids, "end": self.limits,
                 "given": self.nothing[:, :k + 1].clone() if given is None else given, "synthetic": self.rate}
         options = options | {name: value for name, value in more.items() if value is not None}
         result, token, position, *hidden = (t.clone() for t in steps.verify(self.model, token, position, options))
@@ -289,16 +329,24 @@ class Speculation:
         asked = self.length if self.forced is None else self.forced
         return asked if asked is not None else 0 if strength < 0 else self.pace.choose(strength)
 
-    def record(self, issued: Issued, counts: list[int], start: int) -> None:
-        """What was issued gave so many new tokens to each row that is of interest; the text was at `start` at least."""
+    def record(self, issued: Issued, counts: list[int], start: int | None = None) -> None:
+        """What was issued gave so many new tokens to each row that is of interest; the text, if it is not one of a
+        batch, was at `start` at least."""
         draft_s, *model_s = agreed([machine.seconds_between(*span) for span in (issued.draft, *issued.model)])
-        self.draft.record(start + min(counts, default=0))
+        if start is not None:
+            self.draft.record(start + min(counts, default=0))
         if counts and issued.k:
             self.pace.record(issued.k, draft_s, *model_s, counts, issued.strength)
             self.statistics.record(issued.k, counts, draft_s, *model_s)
         elif counts:
             self.pace.record_plain(draft_s, model_s)
             self.statistics.record_plain(model_s)
+
+
+def few_enough(choices: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    """Those with which all rows together have no more tokens than kernels for few rows take, or else one."""
+    most = max((LONGEST + 1) // rows - 1, 1)
+    return tuple(k for k in choices if k <= most) or (1,)
 
 
 def drawing(options: dict) -> dict:
