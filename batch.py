@@ -47,6 +47,9 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", list(self.prompt))  # a caller's own may grow while this text is in a row
+
     @property
     def plain(self) -> bool:
         """Whether `RowOptions.plain` is enough for it."""

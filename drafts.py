@@ -92,6 +92,7 @@ class ModelDraft(SteppingDraft):
         super().__init__(model)
         self.known = self.end = 0  # positions that its caches hold of this text, and up to which it has read anything
         self.missing = 0  # tokens that it has not read, but for the last two
+        self.left: dict[int, int] = {}  # free row -> how much its caches hold of its last text, but for the beginning
 
     def setup(self, model: Transformer, longest: int) -> None:
         self.target, before = model, self.model.cache_size
@@ -115,7 +116,9 @@ class ModelDraft(SteppingDraft):
         options, few = options | {"vocab_size": self.target.config.vocab_size}, self.missing <= FEW
         pieces = [slice(i, i + 2) for i in range(0, self.missing, 2)] if few else \
             chunks(0, self.missing, self.model.block)
-        first = (position - 1 - self.missing).clamp_min(0)  # below it are free rows
+        if not few:
+            self.left = dict.fromkeys(self.left, 0)  # overwritten
+        first = (position - 1 - self.missing).clamp_min(0)  # 0 for free rows
         for piece in pieces:
             at = first + torch.arange(piece.start, piece.stop, device=position.device)
             (steps.propose if few else steps.prefill)(self.model, self.target.text.gather(1, at), at, options)
@@ -137,7 +140,7 @@ class ModelDraft(SteppingDraft):
     def open(self) -> None:
         self.known = self.end = self.missing = 0
         self.entrance = self.model.spare_caches()
-        self.left: dict[int, int] = {}  # free row -> how much its caches hold of its last text, but for the beginning
+        self.left.clear()
         self.whole = all(mixer.cache.whole for mixer in self.model.mixers)
 
     def admit(self, prompt: Sequence[int], row: int | None, shared: int) -> None:
@@ -162,8 +165,6 @@ class ModelDraft(SteppingDraft):
 
     def take(self, row: int, position: Tensor, options: dict, steps: Steps) -> None:
         """All rows have as much missing, so that these are not to have anything."""
-        if self.missing > FEW:
-            self.left = dict.fromkeys(self.left, 0)
         self.catch_up(position, steps, options)
         for mixer, cache in zip(self.model.mixers, self.entrance, strict=True):
             mixer.cache.adopt(row, cache, len(self.prompt) - 1)

@@ -115,21 +115,22 @@ def load_random(shape: str, device: str = "auto", dtype: str = "auto", seed: int
 
 
 def load_speculation(draft: str, model: Transformer, tokenizer: Tokenizer | None, length: int | None = None,
-                     synthetic: float | None = None, quantize: str | None = None) -> Speculation:
+                     synthetic: float | None = None, quantize: str | None = None, rows: int = 1) -> Speculation:
     """Speculation for a model that is loaded: `draft` is lookup, self, mtp (of which `load_model` must be told), or the
     checkpoint of a smaller model with the same vocabulary (without a tokenizer a shape, with random weights), rounded
-    to `quantize` unless it is quantized already. `length` tokens at a time; None: as many as turns out best.
+    to `quantize` unless it is quantized already. `length` tokens at a time, for each of `rows` texts in a batch; None:
+    as many as turns out best.
     """
     if draft == "lookup":
-        return Speculation(LookupDraft(), draft, length, synthetic)
+        return Speculation(LookupDraft(), draft, length, synthetic, rows)
     if draft == "mtp":
         if model.mtp is None:
             raise UserError("--draft mtp needs a model that was loaded with its head: load_model(..., mtp=True)")
-        return Speculation(MultiTokenDraft(), draft, length, synthetic)
+        return Speculation(MultiTokenDraft(), draft, length, synthetic, rows)
     device, dtype = str(model.device), str(model.dtype).removeprefix("torch.")
     if draft == "self":
         pack = model.dtype != torch.float32 and ops.packs(model.device.type)
-        return Speculation(SelfDraft(int4_copy(model, pack)), draft, length, synthetic)
+        return Speculation(SelfDraft(int4_copy(model, pack)), draft, length, synthetic, rows)
     if tokenizer is None:
         smaller = load_random(draft, device, dtype, 1, quantize)
         if smaller.config.vocab_size != model.config.vocab_size:
@@ -140,7 +141,7 @@ def load_speculation(draft: str, model: Transformer, tokenizer: Tokenizer | None
         quantized = config_from_dict(read_json(folder / "config.json")).quantization
         smaller, its = load_model(folder, device, dtype, None if quantized else quantize)
         require_same_vocabulary(tokenizer, its)
-    return Speculation(ModelDraft(smaller), draft, length, synthetic)
+    return Speculation(ModelDraft(smaller), draft, length, synthetic, rows)
 
 
 # -- one text --------------------------------------------------------------------------------------------------------
@@ -193,6 +194,14 @@ def add_model_options(p: Parser) -> None:
     p.add_argument("--compile", action="store_true", help="compile the decode step")
 
 
+def add_draft_options(p: Parser) -> None:
+    p.add_argument("--draft", "--draft_checkpoint_path", metavar="DRAFT",
+                   help="speculate: lookup (in the text so far), self (the model in int4), mtp (its own head for it) "
+                        "or a smaller checkpoint")
+    p.add_argument("--speculate_k", default="auto", metavar="N",
+                   help="tokens drafted at a time, or auto: as many as pay, by measurement (default %(default)s)")
+
+
 def parser() -> Parser:
     p = Parser(prog="generate.py", description="Generate text; the shipped demo if no checkpoint is named.")
     add_model_options(p)
@@ -220,11 +229,7 @@ def parser() -> Parser:
     p.add_argument("--logprobs", type=int, metavar="N", help="with --json: of each token and the N likeliest")
     p.add_argument("--seed", type=int, default=0, help="sample i uses seed + i (default %(default)s)")
     p.add_argument("--compile_prefill", action="store_true", help="compile prefill too (implies --compile)")
-    p.add_argument("--draft", "--draft_checkpoint_path", metavar="DRAFT",
-                   help="speculate: lookup (in the text so far), self (the model in int4), mtp (its own head for it) "
-                        "or a smaller checkpoint")
-    p.add_argument("--speculate_k", default="auto", metavar="N",
-                   help="tokens drafted at a time, or auto: as many as pay, by measurement (default %(default)s)")
+    add_draft_options(p)
     p.add_argument("--synthetic_acceptance", type=float, metavar="P",
                    help="take drafted tokens with this probability, whatever they are: for speed with random weights")
     p.add_argument("--profile", metavar="FILE", help="write a Chrome trace of one more, uncounted, short run")
@@ -248,7 +253,7 @@ def load(args) -> tuple[Transformer, Tokenizer | None]:
                        args.kv_dtype), None
 
 
-def speculate(args, model: Transformer, tokenizer: Tokenizer | None) -> Speculation | None:
+def speculate(args, model: Transformer, tokenizer: Tokenizer | None, rows: int = 1) -> Speculation | None:
     """What the options ask for."""
     if args.draft is None:
         for name in ("speculate_k", "synthetic_acceptance"):
@@ -260,7 +265,7 @@ def speculate(args, model: Transformer, tokenizer: Tokenizer | None) -> Speculat
     if args.synthetic_acceptance is not None and args.random_weights is None:
         raise UserError("--synthetic_acceptance takes tokens that the model would not; it is for --random_weights")
     length = None if args.speculate_k == "auto" else int(args.speculate_k)
-    return load_speculation(args.draft, model, tokenizer, length, args.synthetic_acceptance, args.quantize)
+    return load_speculation(args.draft, model, tokenizer, length, args.synthetic_acceptance, args.quantize, rows)
 
 
 def compile_steps(args, model: Transformer, warm: Callable[[Steps, int], None],
@@ -300,8 +305,7 @@ def profile(path: str, model: Transformer, prompt: list[int], **options) -> None
     print(f"trace written to {path}", file=sys.stderr)
 
 
-def write_text(text: str) -> None:
-    print(text, end="", flush=True)
+write_text = functools.partial(print, end="", flush=True)
 
 
 def talk(args, model: Transformer, tokenizer: Tokenizer, sampling: Sampling) -> int:
@@ -354,7 +358,7 @@ def run(args) -> int:
         return talk(args, model, tokenizer, sampling)
     ids = prompts.encode(args, model, tokenizer, asked)
     if prompts.several(args):
-        return run_batch(args, model, tokenizer, sampling, asked, ids, time.perf_counter() - start)
+        return run_batch(args, model, tokenizer, sampling, asked, ids, start)
     speculation, prompt = speculate(args, model, tokenizer), ids[0]
     load_s = time.perf_counter() - start
     prepare(model, [prompt], args.max_new_tokens, speculation, sampling)  # compiled steps depend on the caches' size
@@ -376,15 +380,16 @@ def run(args) -> int:
 
 
 def run_batch(args, model: Transformer, tokenizer: Tokenizer | None, sampling: Sampling, asked: Sequence[Prompt],
-              ids: Sequence[list[int]], load_s: float) -> int:
+              ids: Sequence[list[int]], start: float) -> int:
     """Several prompts at a time, each --num_samples times."""
     asked, ids = ([x for x in each for _ in range(args.num_samples)] for each in (asked, ids))
     wanted = prompts.requests(args, model, tokenizer, asked, ids)
     rows = args.batch_size or min(len(wanted), prompts.ROWS)
-    length = max(len(request.prompt) + request.max_new_tokens for request in wanted)
-    warm = functools.partial(prompts.warm_up, model, rows, length, sampling)
-    steps, compile_s = compile_steps(args, model, warm, list(map(len, ids)))
-    batch = Batch(model, rows, length, sampling, steps, args.seed)
+    length, speculation = max(len(r.prompt) + r.max_new_tokens for r in wanted), speculate(args, model, tokenizer, rows)
+    make = functools.partial(Batch, model, rows, length, sampling, seed=args.seed, speculation=speculation)
+    load_s = time.perf_counter() - start
+    steps, compile_s = compile_steps(args, model, functools.partial(prompts.warm_up, make), list(map(len, ids)))
+    batch = make(steps)
     samples, whole = prompts.run(batch, tokenizer, asked, wanted, args.output, write_text, args.stop)
     if world.rank == 0:
         report(name_of(args), model, samples, load_s, compile_s, args.json, whole)

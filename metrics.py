@@ -136,7 +136,8 @@ def describe_batch(samples: Sequence[Sample], whole: dict) -> str:
     left = whole["texts"] - whole["ended"]
     text = (f"{whole['ended']} texts through {whole['rows']} rows ({stops or 'none'}): {whole['new_tokens']} new "
             f"tokens in {whole['seconds']:.2f} s, {whole['tok_s']:.1f} tok/s together")
-    return f"{text}; {left} not finished" if left else text
+    text = f"{text}; {left} not finished" if left else text
+    return f"{text}; {describe_speculation(whole['speculation'])}" if whole["speculation"] else text
 
 
 def report(name: str, model: Transformer, samples: Sequence[Sample], load_s: float, compile_s: float,

@@ -27,6 +27,7 @@ from decoding import Steps, check
 from errors import UserError
 from metrics import Growing, Sample
 from model import Transformer
+from pace import Pace
 from sampling import Sampling
 from tokenizer import Tokenizer
 
@@ -54,10 +55,9 @@ def collect(args: Namespace, default: str) -> list[Prompt]:
     """The prompts of a command line, `default` if there is none; with random weights numbers of tokens. UserError for
     options that cannot be, before anything is loaded."""
     if several(args):
-        for name in ("draft", "profile"):
-            if getattr(args, name):
-                raise UserError(f"--{name} is for a single prompt; leave out --{name}, or --batch_size, --output and "
-                                f"further prompts")
+        if args.profile:
+            raise UserError("--profile is for a single prompt; leave it out, or --batch_size, --output and further "
+                            "prompts")
         if args.batch_size is not None and args.batch_size < 1:
             raise UserError(f"--batch_size is {args.batch_size}; it must be at least 1")
         if args.output is not None and world.rank == 0:
@@ -191,13 +191,19 @@ class Lines:
 
 # -- the batch --------------------------------------------------------------------------------------------------------
 
-def warm_up(model: Transformer, rows: int, length: int, sampling: Sampling, steps: Steps, size: int) -> None:
-    """Run the steps of such a batch on a prompt of `size` tokens until they run as they will."""
-    batch = Batch(model, rows, length, sampling, steps)
-    tokens = 1 + compiler.warm_up_calls(model.device)
-    batch.add(Request([0] * size, min(tokens, model.cache_length - size)))
-    for _ in batch.events():
-        pass
+def warm_up(make: Callable[[Steps], Batch], steps: Steps, size: int,
+            ways: Sequence[Sampling] = (Sampling(),)) -> None:
+    """Run the steps of such a batch on a prompt of `size` tokens, in each of several ways to choose if it is `Varied`,
+    until they run as they will, and it is known how long they take."""
+    batch = make(steps)
+    speculation = batch.speculation
+    calls = compiler.warm_up_calls(batch.model.device) + (Pace.MEASURED if speculation else 0)
+    for drafted in speculation.each_length() if speculation else [0]:
+        for way in ways:
+            new = min(1 + calls * (drafted + 1), batch.length - size)
+            batch.add(Request([0] * size, new, sampling=way))
+            for _ in batch.events():
+                pass
     gc.collect()  # as in generate.py
 
 
@@ -237,7 +243,8 @@ def run(batch: Batch, tokenizer: Tokenizer | None, asked: Sequence[Prompt], want
     seconds, new = time.perf_counter() - start, sum(len(text.tokens) for text in texts)
     return sorted(samples, key=lambda sample: sample.index), {
         "texts": len(wanted), "ended": len(samples), "interrupted": interrupted, "rows": len(batch.rows),
-        "seconds": seconds, "new_tokens": new, "tok_s": new / seconds}
+        "seconds": seconds, "new_tokens": new, "tok_s": new / seconds,
+        "speculation": batch.speculation and batch.speculation.statistics.summary()}
 
 
 def one_of_several(batch: Batch, index: int, text: Growing, stop: str | None, start: float) -> Sample:

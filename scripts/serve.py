@@ -9,7 +9,7 @@
 """
 import asyncio
 import contextlib
-import gc
+import functools
 import importlib.util
 import json
 import signal
@@ -22,20 +22,19 @@ from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import compiler
 import device as machine
 import prompts
 from batch import Batch, Request
 from collectives import world
-from decoding import Steps
 from errors import Parser, UserError, run_command
-from generate import DEMO, add_model_options, compile_steps, load_model
+from generate import DEMO, add_draft_options, add_model_options, compile_steps, load_model, speculate
 from model import Transformer
 from sampling import Sampling, Varied
 from scripts.engine import Engine, Exchange, Failed, Full
 from scripts.openai_requests import ApiError, Served, longest_piece
 from scripts.openai_responses import Answer, Speller, event
 from scripts.rows import check
+from tokenizer import Tokenizer
 
 PAGE = Path(__file__).with_name("chat.html")
 MOST_BODY = 4 << 20  # bytes of a request
@@ -212,8 +211,9 @@ def application(service: Service):
     async def health(request):
         rows = len(engine.batch.rows)
         well = engine.failure is None and not engine.closing
+        drafts = engine.batch.speculation and engine.batch.speculation.statistics.summary()
         return document({"status": "ok" if well else engine.reason, "rows": rows, "running": min(engine.taken, rows),
-                         "waiting": max(engine.taken - rows, 0)}, 200 if well else 503)
+                         "waiting": max(engine.taken - rows, 0), "speculation": drafts}, 200 if well else 503)
 
     async def page(request):
         return HTMLResponse(PAGE.read_text("utf-8"), headers={"content-security-policy": POLICY})
@@ -281,7 +281,8 @@ def parser() -> Parser:
                                                                "model's, at most 4096)")
     p.add_argument("--top_k", type=int, default=Varied.top_k, metavar="N",
                    help="tokens are drawn from the N likeliest; a request may ask for fewer (default %(default)s)")
-    p.set_defaults(compile_prefill=False)
+    add_draft_options(p)
+    p.set_defaults(compile_prefill=False, random_weights=None, synthetic_acceptance=None)
     return p
 
 
@@ -303,22 +304,14 @@ def hosts_of(host: str, address: str) -> frozenset[str] | None:
     return frozenset({"localhost", "127.0.0.1", "::1", host, address}) if ip_address(address).is_loopback else None
 
 
-def make_batch(args, model: Transformer, length: int) -> Batch:
+def make_batch(args, model: Transformer, tokenizer: Tokenizer, length: int) -> Batch:
     """The batch, with all its steps compiled and warm."""
-    varied = Varied(args.top_k)
     block = BLOCK if model.device.type == "cpu" else 0
-
-    def warm(steps: Steps, size: int) -> None:
-        batch = Batch(model, args.batch_size, length, varied, steps, block=block)
-        new = min(1 + compiler.warm_up_calls(model.device), length - size)
-        for asked in (Sampling(0, None), Sampling(0, None, frequency_penalty=1.0, logprobs=0)):
-            batch.add(Request([0] * size, new, sampling=asked))
-            for _ in batch.events():
-                pass
-        gc.collect()  # as in generate.py
-
-    steps, _ = compile_steps(args, model, warm)
-    return Batch(model, args.batch_size, length, varied, steps, block=block, snapshots=args.batch_size + 2)
+    make = functools.partial(Batch, model, args.batch_size, length, Varied(args.top_k), block=block,
+                             speculation=speculate(args, model, tokenizer, args.batch_size))
+    ways = Sampling(0, None), Sampling(0, None, frequency_penalty=1.0, logprobs=0)
+    steps, _ = compile_steps(args, model, functools.partial(prompts.warm_up, make, ways=ways))
+    return make(steps, snapshots=args.batch_size + 2)
 
 
 def load(args, hosts: frozenset[str] | None) -> Service:
@@ -330,13 +323,13 @@ def load(args, hosts: frozenset[str] | None) -> Service:
     def make() -> Batch:
         nonlocal tokenizer
         model, tokenizer = load_model(args.checkpoint_path or DEMO, args.device, args.dtype, args.quantize,
-                                      args.cache_packed, kv_dtype=args.kv_dtype)
-        return make_batch(args, model, args.max_length or min(model.config.max_seq_len, 4096))
+                                      args.cache_packed, args.draft == "mtp", args.kv_dtype)
+        return make_batch(args, model, tokenizer, args.max_length or min(model.config.max_seq_len, 4096))
 
     engine = Engine(make, args.max_waiting, threads)
     model = engine.begin().model
     size = model.config.vocab_size
-    served = Served(args.checkpoint_path or "demo", tokenizer, model.cache_length, size, engine.batch.sampling,
+    served = Served(args.checkpoint_path or "demo", tokenizer, engine.batch.length, size, engine.batch.sampling,
                     args.batch_size + args.max_waiting, longest_piece(tokenizer, size))
     return Service(served, engine, Speller(tokenizer), tokenizer.stop_ids, hosts)
 

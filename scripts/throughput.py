@@ -111,7 +111,7 @@ def batched(model: Transformer, work: Work, rows: int, steps: Steps, stop_ids: f
 def ours(case: Case) -> Run:
     model, rows, longest = case.model, case.rows, case.work.longest
     steps = Steps() if case.args.eager else compiled_steps(model.device)
-    prompts.warm_up(model, rows, longest, GREEDY, steps, 2)
+    prompts.warm_up(functools.partial(Batch, model, rows, longest, GREEDY), steps, 2)
     stop_ids = case.tokenizer.stop_ids if case.tokenizer else frozenset()
     return functools.partial(batched, model, case.work, rows, steps, stop_ids)
 

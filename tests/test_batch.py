@@ -404,7 +404,6 @@ OPTIONS = [
     (["--prompts_file", "."], ["cannot be read"]),
     (["--prompt", "a", "--prompt", ""], ["the prompt is empty"]),
     (["--prompt", "a", "--batch_size", "0"], ["--batch_size is 0", "at least 1"]),
-    (["--prompt", "a", "--prompt", "b", "--draft", "lookup"], ["--draft is for a single prompt"]),
     (["--batch_size", "2", "--profile", "trace.json"], ["--profile is for a single prompt"]),
     (["--interactive", "--batch_size", "2"], ["--batch_size does not go with --interactive"]),
     (["--prompt", "a", "--prompts_file", "b"], ["both given"]),

@@ -146,6 +146,36 @@ def test_a_stream_is_the_text_in_pieces(plain, alone):
             assert [choice.finish_reason for choice in own] == [None] * (len(own) - 1) + ["length"] and len(own) > 3
 
 
+@pytest.mark.parametrize("draft", ["lookup", str(ROOT / "checkpoints" / "demo-draft")])
+def test_drafts_change_no_text(draft, plain):
+    """Greedy or with a seed, of several clients at once, some of whom want what drafts know nothing of."""
+    ways = [dict(temperature=0), dict(temperature=0.8, seed=3), dict(temperature=1.2, seed=4, top_p=0.9),
+            dict(temperature=0, frequency_penalty=0.5), dict(temperature=0.5, seed=5, logprobs=2)]
+
+    def texts(of: Running, ways: list[dict]) -> list:
+        found: list = [None] * 6
+
+        def ask(i: int) -> None:
+            choice, = of.client.completions.create(model="demo", prompt=PROMPTS[i % 5], max_tokens=40,
+                                                   **ways[i % len(ways)]).choices
+            found[i] = choice.text, choice.finish_reason, choice.logprobs and choice.logprobs.tokens
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(found))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
+    running = Running("--draft", draft, "--speculate_k", "3")
+    try:
+        for chosen in (ways, ways[:3], ways):
+            assert texts(running, chosen) == texts(plain, chosen)
+        told = running.ask("/health")[1]["speculation"]
+        assert told["rounds"] > 5 and told["acceptance"] > 0 and plain.ask("/health")[1]["speculation"] is None
+    finally:
+        running.stop()
+
+
 def test_a_seed_gives_the_same_text_whatever_else_runs(plain):
     def text(seed: int | None, **more) -> list[str]:
         found = plain.client.completions.create(model="demo", prompt="def ", seed=seed, max_tokens=NEW, **more)
