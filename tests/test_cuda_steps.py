@@ -42,7 +42,7 @@ def settings():
             setattr(inductor, name, before[name])
 
 
-def options_of(sampling: Sampling | Varied, config: ModelConfig, rows: int) -> dict:
+def options_of(sampling: Sampling | Varied, config: ModelConfig, rows: int, drafted: int) -> dict:
     """What a step is told; fake tensors have no values to be made of."""
     real = torch.tensor
 
@@ -51,7 +51,8 @@ def options_of(sampling: Sampling | Varied, config: ModelConfig, rows: int) -> d
         return torch.zeros(t.shape, dtype=t.dtype, device=device or "cpu")
     with mock.patch.object(torch, "tensor", of_that_shape):
         if isinstance(sampling, Varied):
-            return RowOptions(sampling, rows, config.vocab_size, fake_cuda.DEVICE).full
+            options = RowOptions(sampling, rows, config.vocab_size, fake_cuda.DEVICE)
+            return options.plain if drafted else options.full
         return sampling.arguments(config.vocab_size, fake_cuda.DEVICE) | sampling.more_arguments(
             [5] * rows, fake_cuda.DEVICE)
 
@@ -67,9 +68,9 @@ def compile_step(shape: str, kinds: tuple[str, ...], mode: str | None, sampling:
         remembers = isinstance(sampling, Varied) or sampling.remembers
         zeros = functools.partial(torch.zeros, dtype=torch.int64, device=fake_cuda.DEVICE)
         model = weightless(config, fake_cuda.DEVICE, torch.bfloat16, 1024, 1 + max(drafted, remembers), rows)
-        options = options_of(sampling, config, rows)
+        options = options_of(sampling, config, rows, drafted)
         if drafted:
-            options |= {"drafted": zeros(rows, drafted), "given": zeros(rows, drafted + 1), "limit": zeros(())}
+            options |= {"drafted": zeros(rows, drafted), "given": zeros(rows, drafted + 1), "end": zeros(rows, 1)}
         return model, [zeros(rows, 1), zeros(rows, 1)], options
     return fake_cuda.compiled_for_cuda(build, verify if drafted else decode)
 
@@ -113,6 +114,7 @@ def test_a_step_is_one_graph_of_few_kernels_that_writes_its_caches_in_place(shap
 
 FORMS = {  # shape, kinds of layers, weights, how tokens are chosen, rows, drafted tokens
     "drafts": ("Qwen3.5-4B", ("linear", "full"), "int4", Sampling(0.0), 1, 4),
+    "a server's drafts": ("Llama-3.2-1B", ("full",), "int8", Varied(), 4, 3),
     "a server's batch": ("Qwen3-30B-A3B", ("full",) * 2, "int8", Varied(), 8, 0),
     "penalties": ("Gemma-3-4B", ("sliding", "full"), None, Sampling(0.8, 50, 0.9, 0.05, 1.1, logprobs=3), 1, 0)}
 
