@@ -13,6 +13,8 @@ What a prompt has in common with a text that is in a row, or was the last one th
 again: the turns of a chat, one system prompt for all. Where not all layers keep whole texts, it comes from `Snapshots`,
 if the batch has any. The rounding of 16 bits may differ with the pieces that a prompt is read in; so a request with a
 seed reads all of its own.
+
+With `Speculation` a step may be a round of it: rows advance by as many tokens as stood in each, up to their limits.
 """
 import itertools
 import random
@@ -95,7 +97,8 @@ class Batch:
     whatever is in the batch with it; `seed` is not heard then.
 
     Prompts are read in pieces as `chunks` cuts them with `block`, or the model's own if that is larger. `snapshots` of
-    beginnings of texts, at most, are kept beside the rows, for a model that needs it.
+    beginnings of texts, at most, are kept beside the rows, for a model that needs it. With `speculation` a `Varied`
+    text stays what its seed gives, and none is drafted for while one in the batch is not `plain`.
     Raises UserError for sizes that cannot be.
     """
 
@@ -117,8 +120,8 @@ class Batch:
         if varied:  # of the rows, and of a prompt that is being read
             self.options, self.entrance_options = (
                 RowOptions(sampling, n, model.config.vocab_size, model.device) for n in (rows, 1))
-        self.plain = self.options.plain if varied else sampling.arguments(model.config.vocab_size, model.device) | \
-            sampling.more_arguments([0] * rows, model.device)
+        self.arguments = self.options.plain if varied else \
+            sampling.arguments(model.config.vocab_size, model.device) | sampling.more_arguments([0] * rows, model.device)
         self.entrance = model.spare_caches()  # where prompts are read
         self.entrance_text = None if model.text is None else torch.zeros_like(model.text[:1])
         self.waiting: deque[Text] = deque()
@@ -213,7 +216,7 @@ class Batch:
     def _step(self) -> tuple[Tensor, Issued | None]:
         """Tokens of all rows, [rows, 1], or what `score` makes of them; or a round of speculation, [rows, 1 + n]."""
         options, speculation = self._options(), self.speculation
-        if speculation and options is self.plain:
+        if speculation and options is self.arguments:
             result, self.token, self.position = speculation.step(self.token, self.position, None, options, self.steps)
             return result, speculation.issued.popleft()
         if speculation:  # whose drafts know nothing of penalties and logarithms
@@ -227,12 +230,12 @@ class Batch:
     def _options(self) -> dict:
         """Those of a step for the rows as they are."""
         plain = not isinstance(self.sampling, Varied) or all(text is None or text.request.plain for text in self.rows)
-        return self.plain if plain else self.options.full
+        return self.arguments if plain else self.options.full
 
     def _entrance_options(self, request: Request) -> dict:
         """Those for reading a prompt."""
         if not isinstance(self.sampling, Varied):
-            return self.plain | self.sampling.more_arguments([len(request.prompt)], self.model.device)
+            return self.arguments | self.sampling.more_arguments([len(request.prompt)], self.model.device)
         return self.entrance_options.plain if request.plain else self.entrance_options.full
 
     def _enter(self, told: deque) -> Iterator[Tensor]:
@@ -275,7 +278,7 @@ class Batch:
         self.free.remove(row)
         length = len(text.request.prompt)
         if self.speculation:
-            self.speculation.draft.take(row, self.position, drawing(self.plain), self.steps)
+            self.speculation.draft.take(row, self.position, drawing(self.arguments), self.steps)
         for mixer, cache in zip(self.model.mixers, self.entrance, strict=True):
             mixer.cache.adopt(row, cache, length)
         if self.model.text is not None:
@@ -283,7 +286,7 @@ class Batch:
         if isinstance(self.sampling, Varied):
             self.options.set(row, text.request.sampling, text.seed, length)
         elif self.sampling.remembers:
-            self.plain["starts"][row] = length
+            self.arguments["starts"][row] = length
         self.rows[row] = self.held[row] = text
         self.token[row], self.position[row] = token[0], position[0]
         self.limits[row] = length + text.request.max_new_tokens - 1

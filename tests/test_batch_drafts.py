@@ -68,7 +68,7 @@ def agreed(model: Transformer, kinds: dict[str, Draft], requests: list[Request],
             draft.propose = watched.drafts
         monkeypatch.setattr(device, "read_ahead", lambda _, late=random.choice((0, 2)): late)
         watched = Watched(draft)
-        watched.together = Batch(model, rows, 200, GREEDY, speculation=watched)
+        watched.together = Batch(model, rows, 200, GREEDY, snapshots=3, speculation=watched)
         for request in requests:
             watched.together.add(request)
         assert texts(watched.together.events()) == plain, kind
@@ -87,7 +87,7 @@ def test_texts_and_what_is_drafted_in_them_are_as_alone(family, tmp_path, monkey
     model, other = tiny_models.load(tmp_path / "a"), tiny_models.load(tmp_path / "b")
     requests = [Request(torch.randint(128, (n,)).tolist(), new) for n, new in zip(LENGTHS, NEW, strict=True)]
     for like in (1, 4, 4):
-        begun = requests[like].prompt[:random.randint(60, len(requests[like].prompt))]
+        begun = requests[like].prompt[:random.randint(66, len(requests[like].prompt))]
         requests.append(Request([*begun, *torch.randint(128, (random.randint(1, 9),)).tolist()], 15))
     agreed(model, drafts(model, other), requests, 3, monkeypatch)
 
