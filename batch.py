@@ -120,8 +120,9 @@ class Batch:
         if varied:  # of the rows, and of a prompt that is being read
             self.options, self.entrance_options = (
                 RowOptions(sampling, n, model.config.vocab_size, model.device) for n in (rows, 1))
-        self.arguments = self.options.plain if varied else \
-            sampling.arguments(model.config.vocab_size, model.device) | sampling.more_arguments([0] * rows, model.device)
+        self.arguments = self.options.plain if varied else (
+            sampling.arguments(model.config.vocab_size, model.device) |
+            sampling.more_arguments([0] * rows, model.device))
         self.entrance = model.spare_caches()  # where prompts are read
         self.entrance_text = None if model.text is None else torch.zeros_like(model.text[:1])
         self.waiting: deque[Text] = deque()
