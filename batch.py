@@ -125,6 +125,7 @@ class Batch:
             sampling.more_arguments([0] * rows, model.device))
         self.entrance = model.spare_caches()  # where prompts are read
         self.entrance_text = None if model.text is None else torch.zeros_like(model.text[:1])
+        self.unended: dict[int, Text] = {}  # by number; of some all tokens may have been made, and only not read yet
         self.waiting: deque[Text] = deque()
         self.entering: Text | None = None  # whose prompt is being read
         self.rows: list[Text | None] = [None] * rows
@@ -144,8 +145,10 @@ class Batch:
         """Let a request wait for a row; its number, counted from 0. At any time, also between events."""
         self.check(request)
         seed = random.getrandbits(64) if request.seed is None else request.seed
-        self.waiting.append(Text(next(self.numbers), request, seed=seed))
-        return self.waiting[-1].number
+        text = Text(next(self.numbers), request, seed=seed)
+        self.waiting.append(text)
+        self.unended[text.number] = text
+        return text.number
 
     def check(self, request: Request) -> None:
         """Raise UserError for a request that cannot be."""
@@ -159,9 +162,8 @@ class Batch:
 
     def end(self, number: int) -> None:
         """Give a request up, wherever it is: no event of it comes any more. One that has ended is no mistake."""
-        for text in (*self.waiting, self.entering, *self.rows):
-            if text and text.number == number:
-                self._end(text)
+        if number in self.unended:
+            self._end(self.unended[number])
 
     def events(self) -> Iterator[Event]:
         """Every token as it becomes known, until no request is left; call it again after further ones. To be read to
@@ -352,6 +354,7 @@ class Batch:
 
     def _end(self, text: Text) -> None:
         text.ended = True
+        del self.unended[text.number]
         self._leave(text)
 
     def _leave(self, text: Text) -> None:

@@ -259,6 +259,18 @@ def test_a_request_may_be_given_up_anywhere(folder):
     assert list(together.events()) == [Event(again, alone[0], None), Event(again, alone[1], "length")]
 
 
+def test_a_request_may_be_given_up_when_only_the_host_has_not_heard_of_its_end(folder, monkeypatch):
+    """A GPU has made all its tokens, and another text has its row."""
+    monkeypatch.setattr(device, "read_ahead", lambda _: 3)
+    model, _ = g.load_model(folder.write(), "cpu")
+    together = Batch(model, 1, 256, GREEDY)
+    short, other = together.add(Request([3, 1], 3)), together.add(Request([5], 9))
+    events = together.events()
+    assert next(events).number == short and together.rows[0].number == other
+    together.end(short)
+    assert [event.number for event in events] == [other] * 9 and not together.unended
+
+
 def test_a_request_that_cannot_be_is_refused(folder):
     model, _ = g.load_model(folder.write(), "cpu")
     together = Batch(model, 1, 256)
