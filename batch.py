@@ -77,6 +77,7 @@ class Text:
     seed: int = 0
     row: int | None = None  # that it continues, and so may take
     snapshot: Snapshot | None = None  # that it continues
+    copied: int = 0  # tokens of its prompt that were not read for it
     marks: dict[int, bool] = field(default_factory=dict)  # where more are to be taken of its prompt
 
     def common(self, prompt: Sequence[int]) -> int:
@@ -321,6 +322,7 @@ class Batch:
         self._adopt([mixer.cache for mixer in self.model.mixers], prompt[:start], row)
         if self.speculation:
             self.speculation.draft.admit(prompt, row, start)
+        text.copied = start
         if 2 * start >= len(self.held[row].request.prompt) + len(self.held[row].tokens):
             text.row = row  # else what it holds is worth keeping for others
         first = [slice(0, self.spare)] if row in self.free else []  # steps went on there, at position 0
@@ -331,7 +333,7 @@ class Batch:
         in common with each row; with all of another prompt it is the next turn of that."""
         prompt = text.request.prompt
         text.snapshot = self.snapshots.longest(prompt)
-        start = len(text.snapshot.tokens) if text.snapshot else 0
+        start = text.copied = len(text.snapshot.tokens) if text.snapshot else 0
         if text.snapshot:
             self._adopt(text.snapshot.caches, prompt[:start])
         shared = [n for n, held in zip(common, self.held, strict=True) if held and n < len(held.request.prompt) - TAIL]

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import torch
 
-from batch import Batch, Event, Request
+from batch import Batch, Event, Request, Text
 from errors import UserError
 
 PAUSE = 0.005  # seconds between two times that the loop hears of tokens, if no text ends
@@ -26,11 +26,11 @@ class Failed(Exception):
 
 
 class Exchange:
-    """The requests of one client, and what has come of them. The loop's but for `numbers`."""
+    """The requests of one client, and what has come of them. The loop's but for `texts`."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self.requests = requests
-        self.numbers: dict[int, int] = {}  # request -> its number in the batch, once it is there
+        self.texts: dict[int, Text] = {}  # request -> its text in the batch, once it is there
         self.open = set(range(len(requests)))
         self.arrived: dict[int, tuple[list[int], str | None]] = {}  # request -> tokens not heard yet, why it ended
         self.ready = asyncio.Event()
@@ -165,13 +165,13 @@ class Engine(threading.Thread):
     def _add(self, exchange: Exchange) -> None:
         for i, request in enumerate(exchange.requests):
             if i in exchange.open:  # not given up already
-                number = exchange.numbers[i] = self.batch.add(request)
-                self.owners[number] = exchange, i
+                number = self.batch.add(request)
+                self.owners[number], exchange.texts[i] = (exchange, i), self.batch.unended[number]
 
     def _end(self, exchange: Exchange, i: int) -> None:
-        number = exchange.numbers.get(i)
-        if number is not None and self.owners.pop(number, None):
-            self.batch.end(number)
+        text = exchange.texts.get(i)
+        if text and self.owners.pop(text.number, None):
+            self.batch.end(text.number)
 
     def _owner(self, number: int, stop: str | None) -> tuple[Exchange, int]:
         return self.owners.pop(number) if stop else self.owners[number]

@@ -38,7 +38,7 @@ class Choice:
     def __init__(self, index: int, prompt: Sequence[int], asked: Asked, tokenizer: Tokenizer) -> None:
         self.index, self.asked = index, asked
         self.stream, self.until = Stream(tokenizer, prompt), Stops(asked.stop)
-        self.tokens, self.finish = 0, None
+        self.tokens, self.copied, self.finish = 0, 0, None  # copied: of the prompt, not read for it
         self.text = tokenizer.decode(prompt) if asked.echo else ""
         self.scores: list[tuple[int, Scored]] = []  # where the token's text begins, and it
         self.length, self.certain = 0, 0  # characters so far, and of those the ones that no stop string can take back
@@ -98,9 +98,11 @@ class Answer:
                      "model": served.model}
 
     def usage(self) -> dict:
-        """Tokens; a stop id counts as one that was generated."""
-        read, new = sum(map(len, self.asked.prompts)), sum(choice.tokens for choice in self.choices)
-        return {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
+        """Tokens; a stop id counts as one that was generated. Of a prompt's choices the first tells what was cached."""
+        given, new = sum(map(len, self.asked.prompts)), sum(choice.tokens for choice in self.choices)
+        cached = sum(choice.copied for choice in self.choices[::self.asked.n])
+        return {"prompt_tokens": given, "completion_tokens": new, "total_tokens": given + new,
+                "prompt_tokens_details": {"cached_tokens": cached}}
 
     def whole(self) -> dict:
         return self.head | {"choices": [self.choice(choice, "message") for choice in self.choices],

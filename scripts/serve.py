@@ -157,6 +157,7 @@ async def grow(engine: Engine, exchange: Exchange, answer: Answer) -> AsyncItera
     """Let the choices of an answer take in what comes, a yield each time; a row is freed when its text has ended."""
     async for arrived in engine.news(exchange):
         for i, (tokens, stop) in arrived.items():
+            answer.choices[i].copied = exchange.texts[i].copied
             if answer.choices[i].push(tokens, stop):
                 engine.end(exchange, i)
         yield

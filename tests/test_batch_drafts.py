@@ -2,6 +2,7 @@
 is drafted in it is what would be drafted in it alone, whatever joins, leaves or is shared."""
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import tiny_models
@@ -190,6 +191,52 @@ def test_with_a_seed_a_text_is_the_same_with_and_without_a_draft(late, folder, m
         assert found == plain
         assert (watched.statistics.summary()["acceptance"] or 0) >= least  # the twin draws by the same numbers
         assert [token.top for tokens in found for token in tokens if hasattr(token, "top")]
+
+
+WAYS = [g.Sampling(0)] * 4 + [g.Sampling(1.0, None), g.Sampling(0.7, 20, 0.9), g.Sampling(0, repetition_penalty=1.4),
+                              g.Sampling(0, logprobs=2), g.Sampling(2.0, 7)]
+
+
+@pytest.mark.parametrize("family, smaller", [("Qwen3", "Llama 3.2"), ("Gemma 3", "Gemma 3"), ("Qwen3.5", "Gemma 3")])
+def test_texts_that_come_and_go_as_they_like_are_what_they_are_alone(family, smaller, tmp_path, monkeypatch):
+    """All at once: requests join while others run, are given up, share beginnings, end at stop ids, and are heard of
+    late; each with its way to choose."""
+    monkeypatch.setattr(device, "read_ahead", lambda _, late=random.randint(0, 2): late)
+    for folder, name in (("a", family), ("b", smaller)):
+        tiny_models.reference_model(name).save_pretrained(tmp_path / folder)
+    model, other = tiny_models.load(tmp_path / "a"), tiny_models.load(tmp_path / "b")
+    pool = [torch.randint(128, (n,)).tolist() for n in (5, 40, 90)]
+    prompts = [begun[:random.randint(1, len(begun))] + torch.randint(128, (random.choice((0, 3, 30)),)).tolist()
+               for begun in random.choices(pool, k=12)]
+    requests = [Request(prompt, random.choice((1, 2, 9, 40)), frozenset(random.sample(range(128), 2)),
+                        random.choice(WAYS), seed) for seed, prompt in enumerate(prompts)]
+    requests = [replace(r, seed=None) if r.sampling.temperature == 0 and i % 3 else r for i, r in enumerate(requests)]
+    alone = [texts(generate_batch(model, [request], 1, Varied()))[0] for request in requests]
+    kinds = drafts(model, other)
+    for kind in random.sample(list(kinds), 2):
+        watched = Watched(kinds[kind], random.choice((0, 0.3, 0.95)))
+        together = Batch(model, random.randint(1, 4), 300, Varied(), snapshots=random.choice((0, 3)),
+                         speculation=watched)
+        waiting, found, numbers, ended, given_up = [*enumerate(requests)], {}, {}, set(), set()
+        while waiting or together.unended:
+            for which, request in (waiting.pop(0) for _ in range(min(len(waiting), 3))):
+                numbers[together.add(request)] = which
+            for turn in together.turns():
+                for number, token, stop in turn:
+                    assert number not in ended | given_up
+                    found.setdefault(number, []).append(token)
+                    ended |= {number} if stop else set()
+                if random.random() < 0.02:
+                    number = random.choice(list(numbers))
+                    given_up |= {number} - ended
+                    together.end(number)
+                if waiting and random.random() < 0.2:
+                    which, request = waiting.pop(0)
+                    numbers[together.add(request)] = which
+        assert ended | given_up == set(numbers) and len(numbers) == len(requests)
+        for number, which in numbers.items():
+            tokens = found.get(number, [])
+            assert tokens == (alone[which] if number in ended else alone[which][:len(tokens)]), (kind, number)
 
 
 def test_each_text_ends_on_its_own_within_a_round(folder):

@@ -176,6 +176,16 @@ def test_drafts_change_no_text(draft, plain):
         running.stop()
 
 
+def test_usage_tells_how_many_tokens_were_copied(plain):
+    prompt = "".join(random.choices("abcdefgh\n", k=300))
+
+    def copied(**more) -> int:
+        return plain.client.completions.create(model="demo", prompt=[prompt, "x"], max_tokens=3, temperature=0,
+                                               **more).usage.prompt_tokens_details.cached_tokens
+    tokens = len(plain.service.served.tokenizer.encode(prompt))
+    assert [copied(), copied(n=2), copied(seed=1)] == [0, tokens - 1, 0]  # the last one's logits are wanted
+
+
 def test_a_seed_gives_the_same_text_whatever_else_runs(plain):
     def text(seed: int | None, **more) -> list[str]:
         found = plain.client.completions.create(model="demo", prompt="def ", seed=seed, max_tokens=NEW, **more)
