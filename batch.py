@@ -281,7 +281,7 @@ class Batch:
         self.entering, row = None, text.row if text.row in self.free else self.free[0]
         self.free.remove(row)
         length = len(text.request.prompt)
-        if self.speculation:
+        if self.speculation:  # first: it may still read on in all rows
             self.speculation.draft.take(row, self.position, drawing(self.arguments), self.steps)
         for mixer, cache in zip(self.model.mixers, self.entrance, strict=True):
             mixer.cache.adopt(row, cache, length)

@@ -118,9 +118,9 @@ def test_a_head_begins_a_text_beside_a_round_of_others(tmp_path):
                        torch.tensor([[2], [3]]))
         with model.using(spare := model.spare_caches(), None):
             draft.read(9, hidden[:1], places[:1], tokens[:1], g.Steps())
+        draft.take(1, torch.tensor([[24], [0]]), {}, g.Steps())
         for mixer, cache in zip(model.mixers, spare, strict=True):
             mixer.cache.adopt(1, cache, 9)
-        draft.take(1, torch.tensor([[24], [0]]), {}, g.Steps())
         proposal = draft.propose(3, tokens[:, :1], torch.tensor([[24], [9]]), None, options.plain, g.Steps())
         found.append(proposal.tokens[1])
     assert torch.equal(*found)
