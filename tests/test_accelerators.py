@@ -27,6 +27,7 @@ from batch import Request, generate_batch
 from decoding import Steps, compiled_steps, generate, generate_rows
 from kv_cache import to_int8
 from ops import reference
+from sampling import Varied
 
 PRESENT = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 GREEDY = g.Sampling(temperature=0)
@@ -206,6 +207,25 @@ def test_speculation_changes_no_token(device, plain, draft, k, compile):
     for _ in range(2):
         got = list(generate(model, tokenizer.encode(PROMPT), 60, GREEDY, steps=steps, speculation=speculation))
         assert got == plain
+
+
+@pytest.mark.parametrize("draft, compile", [("lookup", True), (str(DEMO.with_name("demo-draft")), False)])
+def test_drafts_in_a_batch_change_no_text(device, draft, compile):
+    """With seeds, through fewer rows than texts, two of which begin alike."""
+    model, tokenizer = g.load_model(DEMO, device, "fp32")
+    asked = [(PROMPT * 5, 60, g.Sampling(0)), ("class A:\n", 9, g.Sampling(0.7)),
+             (PROMPT * 5 + "for", 30, g.Sampling(0)), ("a", 20, g.Sampling(0, frequency_penalty=0.5)),
+             (PROMPT, 40, g.Sampling(0.9, top_p=0.9))]
+    requests = [Request(tokenizer.encode(text), new, sampling=way, seed=3 if way.temperature else None)
+                for text, new, way in asked]
+    steps = compiled_steps(model.device) if compile else Steps()
+    found = []
+    for speculation in (None, g.load_speculation(draft, model, tokenizer, 3, rows=2)):
+        texts: list[list[int]] = [[] for _ in requests]
+        for number, token, _ in generate_batch(model, requests, 2, Varied(), steps=steps, speculation=speculation):
+            texts[number].append(token)
+        found.append(texts)
+    assert found[0] == found[1] and speculation.statistics.rounds
 
 
 def test_a_batch_row_is_the_row_alone(device):
