@@ -224,8 +224,7 @@ class Batch:
             result, self.token, self.position = speculation.step(self.token, self.position, None, options, self.steps)
             return result, speculation.issued.popleft()
         if speculation:  # whose drafts know nothing of penalties and logarithms
-            _, self.token, self.position, *scores = speculation.plain(self.token, self.position, None, options,
-                                                                      self.steps)
+            self.token, self.position, *scores = speculation.plain(self.token, self.position, None, options, self.steps)
         else:
             token, position, *scores = self.steps.decode(self.model, self.token, self.position, options)
             self.token, self.position = token.clone(), position.minimum(self.limits)  # a CUDA graph's are overwritten

@@ -294,8 +294,7 @@ def _arguments(model: Transformer, prompts: Sequence[Sequence[int]], sampling: S
 
 def _read(model, prompts, arguments, seed, steps, cached, hear: Callable | None = None) -> tuple[Tensor, ...]:
     """Take in as much as the shortest prompt has: the next token and its position, [B, 1], all ids, [B, longest] with
-    -1 where a prompt has ended, and what else the step gives. `hear`, if there is one, is told hidden states, positions
-    and the tokens after."""
+    -1 where a prompt has ended, and what else the step gives. `hear`, if there is one, is `Draft.read`."""
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     assert 0 <= cached < shortest, (cached, shortest)
     ids = torch.tensor([[*prompt, *[-1] * (longest - len(prompt))] for prompt in prompts], device=model.device)
@@ -311,7 +310,7 @@ def _read(model, prompts, arguments, seed, steps, cached, hear: Callable | None 
         token, position, hidden = steps.prefill(model, *inputs, arguments | {"hidden": True})
         after = torch.cat([ids[:, chunk.start + 1:chunk.stop], token], 1) if chunk.stop == shortest else \
             ids[:, chunk.start + 1:chunk.stop + 1]
-        hear(hidden, positions[:, chunk], after)
+        hear(chunk.stop, hidden, positions[:, chunk], after, steps)
     return token, position, ids, *([] if hear else scores)
 
 

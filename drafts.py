@@ -145,7 +145,7 @@ class ModelDraft(SteppingDraft):
 
     def admit(self, prompt: Sequence[int], row: int | None, shared: int) -> None:
         """What a free row may have been overwritten with is read again; see `catch_up` and `latest`."""
-        spoiled = FEW + 2 if row in self.left else 0
+        spoiled = max(FEW, LONGEST) + 2 if row in self.left else 0
         known = min(shared, self.left.get(row, shared - 1 - self.missing))
         if row is None or not self.whole or known <= spoiled:
             known = spoiled = 0

@@ -5,7 +5,6 @@ both read every weight once. What the model would not have said is given up.
 
 Glossary: B batch, k drafted tokens, V vocabulary, N candidates left after top-k (V without it).
 """
-import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -247,8 +246,8 @@ class Speculation:
 
     @property
     def read(self) -> Callable | None:
-        """What is to be told of a prompt's hidden states, positions and the tokens after, if anything is."""
-        return functools.partial(self.draft.read, 0, steps=None) if self.draft.hears else None
+        """What is to be told of the pieces of a prompt, if anything is."""
+        return self.draft.read if self.draft.hears else None
 
     def rounds(self, token: Tensor, position: Tensor, ids: Tensor, options: dict, steps) -> Iterator[Tensor]:
         """Go on from `token` at `position`, both [B, 1], without end: what `step` gives. `ids` [B, longest + 1] are
@@ -271,14 +270,14 @@ class Speculation:
                 self.left = 1
             self.thought, self.calls = (start, machine.mark(token.device)), []
         begun = machine.mark(token.device)
-        result, token, position, *_ = self.plain(token, position, ids, options, steps)
+        token, position, *_ = self.plain(token, position, ids, options, steps)
         self.calls.append((begun, machine.mark(token.device)))
         self.left -= 1
         self.issued.append(None if self.left else Issued(0, 0, self.thought, self.calls))
-        return result, token, position
+        return token, token, position
 
     def plain(self, token: Tensor, position: Tensor, ids: Tensor | None, options: dict, steps) -> tuple[Tensor, ...]:
-        """The next token, twice, and its position; and what else the step gives."""
+        """The next token and its position, and what else the step gives."""
         at, options = position, options | {"hidden": True} if self.draft.hears else options
         token, position, *more = (t.clone() for t in steps.decode(self.model, token, position, options))
         token = token if ids is None else given_or(upcoming(ids, at, 1), token)
@@ -287,7 +286,7 @@ class Speculation:
         if self.draft.hears:
             hidden, *more = more
             self.draft.hear(hidden, at, token, torch.ones_like(token))
-        return token, token, position if self.most <= self.limit else position.minimum(self.limits), *more
+        return token, position if self.most <= self.limit else position.minimum(self.limits), *more
 
     def round(self, k: int, strength: int, start, token: Tensor, position: Tensor, ids: Tensor | None, options: dict,
               steps) -> tuple[Tensor, Tensor, Tensor]:
