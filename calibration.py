@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import ops
 import rounding
+from attention import Call
 from checkpoint import Checkpoint
 from errors import UserError
 from layers import Matrix
@@ -44,35 +45,54 @@ class Calibration:
                  tokens: Tensor, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.checkpoint, self.found, self.groups, self.device = model, checkpoint, found, groups, device
         self.positions = torch.arange(tokens.shape[1], device=device)[None]
-        load_module(model, "tok_embeddings.", checkpoint, found, device, dtype)
+        ends = ("tok_embeddings", "per_layer") if model.per_layer else ("tok_embeddings",)
+        for name in ends:
+            load_module(model, f"{name}.", checkpoint, found, device, dtype)
         model.settle(dtype)
-        self.x = model.embed(tokens.to(device)).float()  # [W, S, D]
-        model.tok_embeddings.to("meta")
+        tokens = tokens.to(device)
+        x = model.embed(tokens)
+        self.per_layer = model.per_layer(tokens, x) if model.per_layer else None  # for each layer [W, S, P]
+        self.x = x.float()  # [W, S, D]
+        for name in ends:
+            model.get_submodule(name).to("meta")
         model.settle(dtype)
+        self.calls: dict[str, list[Call]] = {}  # of each type that is borrowed from, the last layer's with each window
 
     @torch.no_grad()
     def layer(self, i: int) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, weight, scale) of each matrix of the i-th layer; layers are to be asked for in order."""
         layer, prefix = self.model.layers[i], f"layers.{i}."
         load_module(self.model, prefix, self.checkpoint, self.found, self.device, torch.float32)
-        layer.attention.setup_cache(1, self.x.shape[1], 0, torch.float32, torch.float32, self.device)
+        if i < self.model.lenders:
+            layer.attention.setup_cache(1, self.x.shape[1], 0, torch.float32, torch.float32, self.device)
         mine = {f"{prefix}{name}": module for name, module in layer.named_modules() if f"{prefix}{name}" in self.groups}
         with hessians(mine) as sums:
-            self.run(layer)
+            self.run(i)
         for name, module in mine.items():
             require_finite(f"{name} of the model, or what the text gives it to multiply,", sums[name])
             weight, scale = rounded(module.weight, self.groups[name], sums.pop(name))
             require_finite(name, scale)
             module.weight.copy_(ops.dequantize(weight, scale))
             yield name, weight.cpu(), scale.cpu()
-        self.x = self.run(layer)
+        self.x = self.run(i)
         layer.attention.cache = None
         layer.to("meta")
 
-    def run(self, layer: nn.Module) -> Tensor:
-        """The layer's output for all windows, [W, S, D], one at a time."""
-        call = layer.attention.prepare(self.positions)
-        return torch.cat([layer(x[None], call) for x in self.x])
+    def run(self, i: int) -> Tensor:
+        """The output of the i-th layer for all windows, [W, S, D], one at a time."""
+        config, layer = self.model.config, self.model.layers[i]
+        kind, outputs, calls = config.layer_types[i], [], []
+        borrows = getattr(config.mixers[kind], "borrows", "")
+        for w, x in enumerate(self.x):
+            call = self.calls[borrows][w] if borrows else layer.attention.prepare(self.positions)
+            told = () if self.per_layer is None else (self.per_layer[i][w:w + 1].float(),)
+            outputs.append(layer(x[None], call, *told))
+            if getattr(layer.attention, "lends", False):  # the next window is written over this one
+                cache, *seen = call.lent
+                calls.append(call._replace(lent=[cache, *(part.clone() for part in seen)]))
+        if calls:
+            self.calls[kind] = calls
+        return torch.cat(outputs)
 
 
 def rounded(weight: Tensor, group: int, hessian: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,9 @@ NAMES: dict[str, list[list[str]]] = {
     r"tok_embeddings.weight": [["model.embed_tokens.weight"]],
     r"output.weight": [["lm_head.weight"]],
     r"norm.weight": [["model.norm.weight"]],
+    "per_layer.table.weight": [["model.embed_tokens_per_layer.weight"]],  # Gemma 4 E2B, E4B
+    "per_layer.projection.weight": [["model.per_layer_model_projection.weight"]],
+    "per_layer.norm.weight": [["model.per_layer_projection_norm.weight"]],
     "mtp.fc.weight": [["mtp.fc.weight"]],
     "mtp.norm_e.weight": [["mtp.pre_fc_norm_embedding.weight"]],
     "mtp.norm_h.weight": [["mtp.pre_fc_norm_hidden.weight"]],
@@ -36,6 +39,7 @@ BLOCK_NAMES: dict[str, list[list[str]]] = {  # behind layers.N. on both sides, o
     "ffn_post_norm.weight": [["post_feedforward_layernorm.weight"]],
     "attention.wqkv.weight": [*([f"self_attn.{x}_proj.weight" for x in part] for part in ("qkv", "qk")),
                               ["self_attn.qkv_proj.weight"]],
+    "attention.wq.weight": [["self_attn.q_proj.weight"]],
     "attention.wqkv.bias": [[f"self_attn.{x}_proj.bias" for x in "qkv"]],
     "attention.q_norm.weight": [["self_attn.q_norm.weight"]],
     "attention.k_norm.weight": [["self_attn.k_norm.weight"]],
@@ -73,6 +77,9 @@ BLOCK_NAMES: dict[str, list[list[str]]] = {  # behind layers.N. on both sides, o
     "feed_forward.experts_post_norm.weight": [["post_feedforward_layernorm_2.weight"]],
     "feed_forward.router_norm.weight": [["router.scale"]],
     "feed_forward.expert_scale": [["router.per_expert_scale"]],
+    "per_layer.gate.weight": [["per_layer_input_gate.weight"]],
+    "per_layer.out.weight": [["per_layer_projection.weight"]],
+    "per_layer.norm.weight": [["post_per_layer_input_norm.weight"]],
     "feed_forward.experts.router.weight": [["router.proj.weight"]],
     "feed_forward.experts.w13.weight": [["experts.gate_up_proj"]],
     "feed_forward.experts.w2.weight": [["experts.down_proj"]],
@@ -141,6 +148,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     layout: str = ""  # of another tool's (foreign.py)
+    scale: "Stored | None" = None  # what floats of 8 bits are to be multiplied by
 
 
 class Part(NamedTuple):
@@ -176,6 +184,7 @@ class Checkpoint:
         self.tensors: dict[str, Stored] = {}
         self.aside: dict[str, Stored] = {}  # what another tool says of them
         self.held: tuple[Path, safe_open] | None = None  # the file being read
+        self.scale: tuple[Stored | None, torch.Tensor] = (None, torch.empty(0))  # the last that was needed
         self.resident = 0  # bytes read since it was opened
         listed = self.shards()
         for path, names in listed.items():
@@ -187,6 +196,8 @@ class Checkpoint:
                                         f"which it does not; download the folder again")
                     if not SKIPPED.fullmatch(name) and (mtp or not MTP.match(name)):
                         self.add(path, name, file.get_slice(name))
+        if floats := {name: stored for name, stored in self.tensors.items() if stored.dtype == foreign.FLOAT8}:
+            self.join_scales(floats)
 
     def add(self, path: Path, name: str, part) -> None:
         dtype = part.get_dtype()
@@ -199,9 +210,25 @@ class Checkpoint:
             return
         plain, shape, layout = foreign.renamed(plain, tuple(part.get_shape()))
         dtype = "U8" if "bits" in layout and dtype == "I32" else dtype
-        if dtype not in STORED and dtype not in QUANTIZED:
-            raise UserError(f"{path.name}: {name} has dtype {dtype}; supported: {', '.join(STORED)}")
+        if dtype not in STORED and dtype not in QUANTIZED and dtype != foreign.FLOAT8:
+            raise UserError(f"{path.name}: {name} has dtype {dtype}; supported: {', '.join(STORED)}, {foreign.FLOAT8}")
         self.tensors[plain] = Stored(path, name, shape, dtype, layout)
+
+    def join_scales(self, floats: dict[str, Stored]) -> None:
+        """Floats of 8 bits and their scales are one from here on; of what is said of activations nothing is wanted."""
+        for name, stored in floats.items():
+            scale = next((self.tensors.pop(f"{name}{end}") for end in foreign.FLOAT8_SCALES
+                          if f"{name}{end}" in self.tensors), None)
+            if scale is None:
+                raise UserError(f"{stored.path}: {stored.name} has dtype {stored.dtype} and no scale beside it "
+                                f"({' or '.join(foreign.FLOAT8_SCALES)}); get the checkpoint again")
+            if scale.dtype not in STORED or len(stored.shape) < 2 or not foreign.blocks(scale.shape, stored.shape):
+                raise UserError(f"{scale.path}: {scale.name} has dtype {scale.dtype} and shape {list(scale.shape)}, no "
+                                f"scale of {list(stored.shape)}; one number is expected, or one for each row or for "
+                                f"each block of 128 x 128")
+            self.tensors[name] = stored._replace(scale=scale)
+        for name in [name for name in self.tensors if name.endswith(foreign.FLOAT8_ASIDE)]:
+            del self.tensors[name]
 
     def shards(self) -> dict[Path, list[str] | None]:
         """File -> the tensors the index expects in it (None: whatever it holds)."""
@@ -243,24 +270,31 @@ class Checkpoint:
         self.resident += size
         return self.held[1]
 
+    def read(self, stored: Stored, size: int, *where: int | slice) -> torch.Tensor:
+        """What of a tensor is wanted, about `size` bytes; all if nothing is said."""
+        if stored.scale and self.scale[0] != stored.scale:
+            self.scale = stored.scale, self.read(stored.scale, 4 * math.prod(stored.scale.shape)).clone()
+        file = self.file_of(stored, size)
+        if not where and not stored.layout:
+            found = file.get_tensor(stored.name)  # which may have no dimension to be cut along
+        else:
+            part = file.get_slice(stored.name)
+            found = foreign.read(part, stored.layout, *where) if stored.layout else part[where]
+        return foreign.widen(found, self.scale[1], stored.shape, where) if stored.scale else found
+
     def copy(self, name: str, target: torch.Tensor) -> None:
         """Read one tensor into `target`, of as many numbers in the same order."""
-        stored = self.tensors[name]
-        file = self.file_of(stored, target.nbytes)
-        found = foreign.read(file.get_slice(stored.name), stored.layout) if stored.layout else \
-            file.get_tensor(stored.name)
-        target.copy_(found.view_as(target))
+        target.copy_(self.read(self.tensors[name], target.nbytes).view_as(target))
 
     def part(self, name: str, i: int, *inner: slice) -> torch.Tensor:
         """The i-th of the tensor's leading dimension, or what is wanted of that."""
         stored = self.tensors[name]
-        return self.file_of(stored, 4 * math.prod(stored.shape[1:])).get_slice(stored.name)[(i, *inner)]
+        return self.read(stored, 4 * math.prod(stored.shape[1:]), i, *inner)
 
     def whole(self, name: str) -> torch.Tensor:
-        """One tensor as it is in the file."""
+        """One tensor as it is in the file, but for floats of 8 bits, which are made wide."""
         stored = self.tensors.get(name) or self.aside[name]
-        part = self.file_of(stored, 4 * math.prod(stored.shape)).get_tensor(stored.name)
-        return part.clone()  # of the file's pages, which are given back
+        return self.read(stored, 4 * math.prod(stored.shape)).clone()  # of the file's pages, which are given back
 
     def rows(self, name: str) -> Iterator[torch.Tensor]:
         """A tensor as the rows of a matrix, in blocks [r, width]."""
@@ -269,8 +303,8 @@ class Checkpoint:
         step = max(1, BLOCK // width)
         for e in range(math.prod(stored.shape[:-2])):
             for start in range(0, height, step):
-                part = self.file_of(stored, 4 * step * width).get_slice(stored.name)
-                yield (part[e, start:start + step] if len(stored.shape) == 3 else part[start:start + step])
+                rows = slice(start, min(start + step, height))
+                yield self.read(stored, 4 * step * width, *((e, rows) if len(stored.shape) == 3 else (rows,)))
 
     def parts(self, names: list[str], matrices: int, part: Part, column: bool = False) -> Iterator[torch.Tensor]:
         """The wanted rows, in blocks [r, width], of so many matrices on top of each other that tensors make up."""
@@ -294,14 +328,13 @@ class Checkpoint:
         leading = stored.shape if width == 1 else stored.shape[:-1]
         inner = math.prod(leading[1:]) if len(leading) > 1 else 0  # rows of an expert
         columns = part.columns_of(width) if width > 1 else slice(0, 1)
-        itemsize = STORED.get(stored.dtype, QUANTIZED.get(stored.dtype)).itemsize
+        itemsize = STORED.get(stored.dtype, QUANTIZED.get(stored.dtype, torch.int8)).itemsize
         for start in range(first, last, step := max(1, BLOCK // width)):
             end = min(start + step, last)
-            file = self.file_of(stored, (end - start) * (columns.stop - columns.start) * itemsize)
+            size = (end - start) * (columns.stop - columns.start) * itemsize
             e, row = divmod(start, inner) if inner > 1 else (start, 0)
             where = (e, slice(row, row + end - start)) if inner > 1 else (slice(start, end), *[0] * (len(leading) - 1))
-            where, found = (*where, columns) if width > 1 else where, file.get_slice(stored.name)
-            found = foreign.read(found, stored.layout, *where) if stored.layout else found[where]
+            found = self.read(stored, size, *where, *([columns] if width > 1 else []))
             yield found.reshape(end - start, -1)
 
     def sources(self, parameter: str, experts: int) -> list[str]:

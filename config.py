@@ -49,6 +49,7 @@ class AttentionConfig:
     gated: bool = False  # the output times sigmoid(gate), the gate projected beside q
     keys_are_values: bool = False  # v is what k was before its norm and rotation
     sinks: bool = False  # each head has one more score, a weight, that no value belongs to
+    borrows: str = ""  # the layer type whose last layer's keys and values it looks at, having none of its own
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class ModelConfig:
     layer_types: tuple[str, ...]
     mixers: dict[str, AttentionConfig | DeltaNetConfig]
     experts: ExpertsConfig | None = None
+    borrower_width: int = 1  # feed-forwards of layers that borrow keys and values are so many times as wide
+    per_layer_dim: int = 0  # width of the embedding that each layer has of its own; 0: none has
     norm_eps: float = 1e-5
     norm_offset: float = 0.0  # added to the weights of norms: 1 where files hold w of (1 + w)
     pre_norms: bool = True  # norms before attention and feed-forward,
@@ -133,7 +136,7 @@ class ModelConfig:
         for part in (self, *self.mixers.values(), *([self.experts] if self.experts else [])):
             sizes += [(name, size) for name, size in vars(part).items() if type(size) is int]
         for name, size in sizes:
-            least, most = int(name not in ("shared_dim", "mtp_layers")), MOST.get(name, 1 << 16)
+            least, most = int(name not in ("shared_dim", "mtp_layers", "per_layer_dim")), MOST.get(name, 1 << 16)
             if not least <= size <= most:
                 raise UserError(f"config.json gives {name}={size}; it must be at least {least} and at most {most}")
         if unknown := set(self.layer_types) - self.mixers.keys():
@@ -147,6 +150,10 @@ class ModelConfig:
             raise UserError(f"a multi-token-prediction head was asked for, and config.json gives it {self.mtp_layers} "
                             f"layers beside {', '.join(self.mixers)} ones; supported: 1 (mtp_num_hidden_layers of "
                             f"Qwen3.5, 3.6 and 3.8) beside full ones; go without the head")
+
+    def ffn_width(self, mixer: AttentionConfig | DeltaNetConfig) -> int:
+        """Of the dense feed-forward in a layer with such a mixer."""
+        return self.ffn_dim * (self.borrower_width if getattr(mixer, "borrows", "") else 1)
 
 
 def check_heads(mixer: AttentionConfig | DeltaNetConfig) -> None:
@@ -223,8 +230,9 @@ def checked(document: dict[str, Any], key: str, kind: type, default: Any = None)
             raise UserError(f"config.json has no {key!r}; it is needed to build the model")
         return default
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    unfit = isinstance(value, bool) if kind is int else kind is float and value != value  # JSON readers take NaN
+        value = float(value) if abs(value) < 10 ** 300 else math.inf
+    unfit = isinstance(value, bool) if kind is int else kind is float and isinstance(value, float) and \
+        not math.isfinite(value)  # which readers of JSON take
     if not isinstance(value, kind) or unfit:
         raise UserError(f"config.json gives {key}={value!r}; a {kind.__name__} is expected")
     return value
@@ -285,20 +293,22 @@ def read_rope(p: dict[str, Any], head_dim: int, theta: float, share: float, cont
         return Rope(**rope, factor=factor)
     if kind == "llama3":
         low, high = checked(p, "low_freq_factor", float), checked(p, "high_freq_factor", float)
+        original = checked(p, "original_max_position_embeddings", int)
         ordered(low_freq_factor=low, high_freq_factor=high)
-        return Rope(**rope, factor=factor, low_freq_factor=low, high_freq_factor=high,
-                    original_max_seq_len=checked(p, "original_max_position_embeddings", int))
+        ordered(original_max_position_embeddings=original)
+        return Rope(**rope, factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_seq_len=original)
     if kind in ("yarn", "longrope"):
         return {"yarn": read_yarn, "longrope": read_longrope}[kind](p, rope, context)
     return Rope(**rope)
 
 
 def ordered(**numbers: float) -> None:
-    """Refuse numbers that are not above zero and each above the one before it."""
-    values = [0.0, *numbers.values()]
+    """Refuse numbers that are not above zero and each above the one before it, or larger than any that makes sense."""
+    values = [0.0, *numbers.values(), 1e12]
     if any(not a < b for a, b in pairwise(values)):
         named = ", ".join(f"{key}={value}" for key, value in numbers.items())
-        raise UserError(f"config.json gives {named}; they must be above 0 and in ascending order")
+        raise UserError(f"config.json gives {named}; they must be above 0, below 1e12 and in ascending "
+                        f"order")
 
 
 def read_yarn(p: dict[str, Any], rope: dict[str, Any], context: int) -> Rope:

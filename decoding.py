@@ -24,20 +24,22 @@ from speculative import Proposal, Speculation, accept, given_or, greedy, lookup
 from tp import candidates, first_id
 
 PREFILL_CHUNK = 512  # tokens in one prefill call: bounds memory for activations
+FLASH_CHUNK = 2048  # where no memory goes into masks: of 512 rows a matrix makes too little work for a large card
 MASK = PREFILL_CHUNK << 15  # what a call's tokens and the positions that they look at may multiply to
 
 
 # -- the steps --------------------------------------------------------------------------------------------------------
 
 def _step(model: Transformer, tokens: Tensor, positions: Tensor, options: dict) -> tuple[Tensor, ...]:
-    x = model.hidden(tokens.clamp_min(0), positions)  # -1 ends a text, but only once it has been read
+    hidden = options.get("hidden", False)
+    x = model.hidden(tokens.clamp_min(0), positions, last=not hidden)  # -1 ends a text, but only once it has been read
     whole = model.logits(x[:, -1])
     logits, ids = _candidates(model, _penalized(model, whole[:, None], positions[:, -1:], options)[:, 0], options)
     if "seed" in options:
         token = sample_apart(logits, positions[:, -1:] + 1, options, ids)
     else:
         token = sample(logits, options["temperature"], options["top_k"], options["top_p"], options["min_p"], ids)
-    more = (x,) if options.get("hidden") else ()
+    more = (x,) if hidden else ()
     if "logprobs" in options:
         more = (*more, score(candidates(model, whole, None)[0], token, options["logprobs"]))
     return token, positions[:, -1:] + 1, *more
@@ -299,7 +301,7 @@ def _read(model, prompts, arguments, seed, steps, cached, hear: Callable | None 
     assert 0 <= cached < shortest, (cached, shortest)
     ids = torch.tensor([[*prompt, *[-1] * (longest - len(prompt))] for prompt in prompts], device=model.device)
     positions = torch.arange(longest, device=model.device).expand(len(prompts), -1)
-    for chunk in chunks(cached, shortest, model.block):
+    for chunk in chunks(cached, shortest, model.block, model.flash and steps.prefill is prefill):
         if seed is not None:  # only the last chunk's draw counts, however many there are
             torch.manual_seed(seed)
         # copies: a compiled step is specialised on the whole tensor that a view is cut from, and on its strides
@@ -325,13 +327,13 @@ def _rounds(model, prompts, max_new_tokens, sampling, seed, steps, cached, specu
     yield from speculation.rounds(given_or(ids[:, shortest:shortest + 1], token), position, ids, arguments, steps)
 
 
-def chunks(start: int, end: int, block: int) -> Iterator[slice]:
+def chunks(start: int, end: int, block: int, flash: bool = False) -> Iterator[slice]:
     """Cut a prompt into prefill calls: PREFILL_CHUNK tokens each, half of it past 32,768 positions, half of that past
     65,536 and so on, and the rest; with a `block`, the rest into powers of two times that, so that a compiled prefill
-    meets few sizes, and a last one below it."""
+    meets few sizes, and a last one below it. flash: without masks, FLASH_CHUNK tokens each."""
     while start < end:
-        most = PREFILL_CHUNK
-        while most > 64 and most * (start + most) > MASK:
+        most = FLASH_CHUNK if flash else PREFILL_CHUNK
+        while not flash and most > 64 and most * (start + most) > MASK:
             most //= 2
         size = min(end - start, most)
         if block and block <= size < most:

@@ -80,7 +80,7 @@ class SelfDraft(SteppingDraft):
     def setup(self, model: Transformer, longest: int) -> None:
         self.target = model
         if self.model.cache_size is not model.cache_size:
-            for own, layer in zip(self.model.layers, model.layers, strict=True):
+            for own, layer in zip(self.model.layers[:model.lenders], model.layers, strict=False):
                 own.attention.cache = layer.attention.cache
             self.model.cache_size = model.cache_size
 

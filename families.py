@@ -33,7 +33,7 @@ def read_layers(source: Source, pattern: Callable[[int], str] = lambda i: "full"
     listed = source.read("layer_types", list, [])
     if not listed:
         return tuple(pattern(i) for i in range(n))
-    if len(listed) != n or any(t not in LAYER_TYPES for t in listed):
+    if len(listed) != n or any(not isinstance(t, str) or t not in LAYER_TYPES for t in listed):
         raise UserError(f"config.json gives layer_types={listed!r} for {n} layers; supported: {n} of "
                         f"{', '.join(LAYER_TYPES)}")
     return tuple(LAYER_TYPES[t] for t in listed)
@@ -221,30 +221,43 @@ def qwen3_next(source: Source) -> ModelConfig:
     return qwen3_5_moe(source)
 
 
-def gemma4(source: Source) -> ModelConfig:
-    """Gemma 4 dense and 26B-A4B, text half. Full layers have heads of their own size, whose keys may be the values too.
+def gemma4(source: Source, per_layer_dim: int = 256) -> ModelConfig:
+    """Gemma 4, text half. Full layers have heads of their own size, whose keys may be the values too.
 
-    E2B and E4B, with embeddings per layer and shared caches, are refused.
+    In E2B and E4B the last layers look at the keys and values of others, and each layer has embeddings of its own.
     """
     source.default(tie_word_embeddings=True, max_position_embeddings=131072, rope_parameters={
         "sliding_attention": {"rope_theta": 1e4}, "full_attention": {
             "rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}})
-    source.asked.add("vocab_size_per_layer_input")
-    source.require("hidden_size_per_layer_input", 0)
-    source.require("num_kv_shared_layers", 0)
-    source.require("use_double_wide_mlp", False)
     if source.read("use_bidirectional_attention", str, "vision") != "vision":
         source.require("use_bidirectional_attention", None)
     layers = read_layers(source, lambda i: "sliding" if (i + 1) % 6 else "full")
     layers = (*layers[:-1], "full")
+    borrowers = source.read("num_kv_shared_layers", int, 0)
+    if not 0 <= borrowers < len(layers) or not set(layers) <= set(layers[:len(layers) - borrowers]):
+        raise UserError(f"config.json gives num_kv_shared_layers={borrowers} of {len(layers)} layers; each type of "
+                        f"these must have one before them, whose keys and values they share")
     mixers = attention(source, layers, theta={"sliding": 1e4, "full": 1e6}, qk_norm="head", v_norm=True, scale=1.0,
                        full=gemma4_full(source))
+    mixers |= {f"borrowing {kind}": replace(mixers[kind], borrows=kind) for kind in layers[len(layers) - borrowers:]}
+    layers = tuple(kind if i < len(layers) - borrowers else f"borrowing {kind}" for i, kind in enumerate(layers))
+    wide = source.read("use_double_wide_mlp", bool, False)
+    per_layer_dim = source.read("hidden_size_per_layer_input", int, per_layer_dim)
+    source.asked.add("vocab_size_per_layer_input")
+    if per_layer_dim:
+        source.require("vocab_size_per_layer_input", source.read("vocab_size", int))
     experts = ExpertsConfig(
         source.read("num_experts", int), source.read("top_k_experts", int), source.read("moe_intermediate_size", int),
         beside_dense=True) if source.read("enable_moe_block", bool, False) else None
     return decoder(source, layers, mixers, "hidden_activation", activation="gelu_tanh", post_norms=True,
-                   scale_embeddings=True, layer_scalars=True, experts=experts,
+                   scale_embeddings=True, layer_scalars=True, experts=experts, per_layer_dim=per_layer_dim,
+                   borrower_width=2 if wide else 1,
                    logit_softcap=source.read("final_logit_softcapping", float, 0.0) or None)
+
+
+def gemma4_unified(source: Source) -> ModelConfig:
+    """Gemma 4 12B, which has no embeddings for each layer."""
+    return gemma4(source, per_layer_dim=0)
 
 
 def gemma4_full(source: Source) -> dict[str, Any]:
@@ -288,7 +301,8 @@ FAMILIES: dict[str, Callable[[Source], ModelConfig]] = {
     "Qwen3_5MoeForCausalLM": qwen3_5_moe, "Qwen3_5MoeForConditionalGeneration": qwen3_5_moe,
     "Qwen3NextForCausalLM": qwen3_next,
     "Gemma4ForCausalLM": gemma4, "Gemma4ForConditionalGeneration": gemma4,
-    "Gemma4UnifiedForCausalLM": gemma4, "Gemma4UnifiedForConditionalGeneration": gemma4, "GptOssForCausalLM": gpt_oss}
+    "Gemma4UnifiedForCausalLM": gemma4_unified, "Gemma4UnifiedForConditionalGeneration": gemma4_unified,
+    "GptOssForCausalLM": gpt_oss}
 
 
 def config_from_dict(document: dict[str, Any]) -> ModelConfig:

@@ -49,6 +49,8 @@ class KVCache(nn.Module):
         kinds = {"k": ((*shape, config.head_dim), kv_dtype), "v": ((*shape, config.head_dim), kv_dtype)}
         if kv_dtype == torch.int8:
             kinds |= {"k_scale": (shape, torch.float32), "v_scale": (shape, torch.float32)}
+        # whether a prompt is read without masks, in which windows and sinks are not to be had
+        self.flash = self.window is None and not config.sinks and ops.flashes(device, dtype, config.head_dim)
         turn, self.gain = hadamard(config.head_dim) if kv_dtype == torch.int8 else (None, 1.0)
         self.register_buffer("turn", None if turn is None else turn.to(device, dtype), persistent=False)
         for name, (size, kind) in kinds.items():
@@ -67,7 +69,7 @@ class KVCache(nn.Module):
     def attended(self, positions: Tensor) -> ops.Attended:
         """What a call at positions [B, S] looks at: the slots once it has written, or old ones beside the new keys."""
         if self.window is None or positions.shape[1] <= self.size - self.window + 1:
-            return ops.attended(positions, self.size, self.window)
+            return ops.attended(positions, self.size, self.window, self.flash)
         return ops.attended_beside(positions, self.size, self.window)
 
     def queries(self, q: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ class Matrix(nn.Module):
     Not nn.Linear: its initialisation, useless here, costs a second of imports.
     """
 
+    multiplies = True  # else rows are looked up alone, for which no other layout is worth its while
+
     def __init__(self, *shape: int, bias: bool = False) -> None:
         super().__init__()
         self.shape, self.group, self.packed = shape, 0, False
@@ -42,7 +44,7 @@ class Matrix(nn.Module):
 
     def pack(self) -> None:
         """Lay a quantized weight out as this device reads it best, once it is loaded."""
-        if self.scale is not None:
+        if self.scale is not None and self.multiplies:
             packed = torch.ops.readonce.pack(self.weight, self.scale)
             self.weight, self.scale, self.packed = nn.Parameter(packed, requires_grad=False), None, True
 
@@ -123,6 +125,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.runs_eagerly(x):
+            return torch.ops.readonce.rms_norm(x, self.weight, self.eps, self.offset)
         return (normalize(x, self.eps) * (self.offset + self.weight.float())).to(x.dtype)
 
 

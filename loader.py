@@ -5,6 +5,7 @@ the way in, and numbers rounded if the model is quantized and the folder is not.
 against the headers before the first byte of a weight is read.
 """
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,9 @@ from config import Quantization
 from errors import UserError
 from foreign import INSTEAD, verify
 
-ENDS = ("tok_embeddings.scale", "output.scale")  # of what other tools leave as it was
+ENDS = ("tok_embeddings.scale", "output.scale", "per_layer.table.scale")  # of what other tools leave as it was
+TABLE = "per_layer.table.weight"  # has a row for each token and layer; in files those of a token are one
+UNUSED = ("k_proj", "v_proj", "k_norm", "v_norm")  # files have them, of layers that borrow
 
 # -- what is read from where ------------------------------------------------------------------------------------------
 
@@ -36,6 +39,10 @@ def plan(model: nn.Module, checkpoint: Checkpoint, rounded: bool = False) -> dic
                   if not (name.endswith(".scale") and (rounded or name in left))}
     found = {name: checkpoint.sources(name, experts) for name in parameters}
     expected = {name for names in found.values() for name in names}
+    borrowers = range(model.lenders, len(model.layers))
+    unused = tuple(f"model.layers.{i}.self_attn.{part}." for i in borrowers for part in UNUSED)
+    for name in [name for name in checkpoint.tensors if name.startswith(unused)]:
+        del checkpoint.tensors[name]
     if left:
         look_at_foreign(checkpoint, expected, quantization)
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()  # some exports repeat the embedding
@@ -56,6 +63,8 @@ def plan(model: nn.Module, checkpoint: Checkpoint, rounded: bool = False) -> dic
         parts = [checkpoint.tensors[name] for name in found[parameter]]
         if not p.is_floating_point() and f"{parameter.removesuffix('weight')}scale" not in parameters:
             p = torch.empty(model.get_submodule(parameter.rpartition(".")[0]).shape, device="meta")
+        if parameter == TABLE and p.is_floating_point():
+            p = p.view(model.config.vocab_size, -1)
         check(checkpoint.folder, parts, p, is_column(parameter, p), turned(model, checkpoint, parameter))
     return found
 
@@ -178,14 +187,15 @@ def materialize(model: nn.Module, device: torch.device, dtype: torch.dtype,
         seen |= {id(p) for p in own.values()}
         if not own:
             continue
+        packs = pack and "scale" in own and module.multiplies
         tensors = {leaf: machine.empty(tuple(p.shape), kept_dtype(leaf, p, dtype), device) for leaf, p in own.items()
-                   if not (pack and "scale" in own and leaf in ("weight", "scale"))}
-        if pack and "scale" in own:
+                   if not (packs and leaf in ("weight", "scale"))}
+        if packs:
             tensors |= bench.lay(own["weight"], own["scale"])
         yield name, module, tensors
         for leaf, tensor in tensors.items():
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
-        if pack and "scale" in tensors:
+        if packs:
             module.pack()
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
@@ -196,7 +206,8 @@ class Bench:
     """Memory for one quantized matrix at a time, on its way to a packed layout: fresh pages would cost more than it."""
 
     def __init__(self, model: nn.Module) -> None:
-        sizes = [m.weight.nbytes + m.scale.nbytes for m in model.modules() if getattr(m, "scale", None) is not None]
+        sizes = [m.weight.nbytes + m.scale.nbytes for m in model.modules()
+                 if getattr(m, "scale", None) is not None and m.multiplies]
         self.memory = torch.empty(max(sizes, default=0) + 64, dtype=torch.uint8)
 
     def lay(self, weight: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -273,7 +284,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, found: dict[str, list[str]], 
         target[row:].zero_()  # of the vocabulary's last part
         return
     for name in found[parameter]:
-        rows, _ = matrix(checkpoint.tensors[name].shape, column)
+        rows = math.prod(checkpoint.tensors[name].shape) // target.shape[1]
         checkpoint.copy(name, target[row:row + rows])
         row += rows
 
@@ -295,7 +306,8 @@ def blocks(model: nn.Module, checkpoint: Checkpoint, found: dict[str, list[str]]
         yield from checkpoint.parts(found[parameter], shape[0] if len(shape) == 3 else 1, wanted)
         return
     for name in found[parameter]:
-        yield from checkpoint.rows(name)
+        for block in checkpoint.rows(name):
+            yield block.view(-1, model.config.per_layer_dim) if parameter == TABLE else block
 
 
 def fill_rounded(parameter: str, module: nn.Module, tensors: dict[str, torch.Tensor], rows: Iterator[torch.Tensor],

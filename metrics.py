@@ -48,7 +48,7 @@ def measure(model: Transformer, prompt: list[int], tokens: list[int], text: str,
     steps = len(times) - 1
     per_token = (times[-1] - times[0]) / steps if steps > 0 else None
     attended = len(prompt) + max(len(tokens), 1) / 2  # positions, on average over the decoded tokens
-    moved = model.weight_bytes_per_token() + model.cache_bytes(attended)
+    moved = model.weight_bytes_per_token() + model.cache_bytes_read(attended)
     return Sample(
         prompt_tokens=prompt, tokens=tokens, text=text, stop=stop, ttft_s=ttft,
         prefill_tok_s=(len(prompt) - cached) / ttft if ttft else None,

@@ -3,101 +3,20 @@
 Single-device code: it knows nothing of tensor parallelism, quantization or compilation, and reads top to bottom.
 Names follow Meta's Llama; weights are those of the Hugging Face files, fused (q, k, v and gate, up) but not permuted.
 
-Glossary: B batch, S tokens in this call, D dim, H heads, K kv heads, E head_dim, L cache slots, V vocabulary,
-A active experts, N = B * S.
+Glossary: B batch, S tokens in this call, D dim, L cache slots, V vocabulary, A active experts, P per_layer_dim,
+N = B * S.
 """
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-import ops
+from attention import Attention, BorrowingAttention, Call
 from config import AttentionConfig, DeltaNetConfig, ModelConfig
-from kv_cache import KVCache
-from layers import Embedding, ExpertLinear, Linear, RMSNorm, normalize, rope_frequencies, rotate
+from layers import Embedding, ExpertLinear, Linear, RMSNorm
 from linear_attention import GatedDeltaNet
 from ops import fused
-
-# -- attention --------------------------------------------------------------------------------------------------------
-
-class Call(NamedTuple):
-    """What all attention layers of a kind share in one call."""
-    where: ops.Attended
-    cos: Tensor | None  # [B, S, 1, r / 2], float32
-    sin: Tensor | None
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with q, k and v from one matrix; if gated, [q | gate] of each head stand side by side."""
-
-    block = 0  # prompts may be cut anywhere
-
-    def __init__(self, dim: int, config: AttentionConfig, norm: Callable[[int], RMSNorm], norm_eps: float) -> None:
-        super().__init__()
-        self.config, self.norm_eps, heads, E = config, norm_eps, config.n_heads, config.head_dim
-        self.widths = [heads * (1 + config.gated)] + [config.n_kv_heads] * (1 if config.keys_are_values else 2)
-        self.wqkv = Linear(dim, sum(self.widths) * E, bias=config.qkv_bias)
-        self.wo = Linear(heads * E, dim, bias=config.out_bias)
-        spans = {"": (), "head": (E, E), "all": (heads * E, config.n_kv_heads * E)}[config.qk_norm]
-        self.q_norm, self.k_norm = map(norm, spans) if spans else (nn.Identity(), nn.Identity())
-        self.sinks = nn.Parameter(torch.empty(heads)) if config.sinks else None
-        if config.rope:
-            self.register_buffer("frequencies", rope_frequencies(config.rope), persistent=False)
-        self.cache: KVCache | None = None
-
-    def setup_cache(self, batch: int, length: int, rewind: int, dtype: torch.dtype, kv_dtype: torch.dtype,
-                    device: torch.device) -> None:
-        """All keys are turned alike, however long a text is: by what there is room for, less what drafts write behind
-        it, at most rewind + 1 positions."""
-        self.cache = KVCache(self.config, batch, length, rewind, dtype, kv_dtype, device)
-        if self.config.rope and self.config.rope.kind == "longrope":
-            self.frequencies.copy_(rope_frequencies(self.config.rope, length - 2 * rewind))
-
-    def cache_bytes(self, positions: float, dtype: torch.dtype, kv_dtype: torch.dtype) -> float:
-        """Bytes of keys and values that a row of so many positions holds, and that the token after them reads."""
-        return KVCache.bytes(self.config, positions, kv_dtype)
-
-    def prepare(self, positions: Tensor) -> Call:  # [B, S]
-        where = self.cache.attended(positions)
-        if self.config.rope is None:
-            return Call(where, None, None)
-        angles = positions[..., None, None] * self.frequencies  # [B, S, 1, r / 2]
-        return Call(where, angles.cos() * self.config.rope.scale, angles.sin() * self.config.rope.scale)
-
-    def forward(self, x: Tensor, call: Call) -> Tensor:  # x [B, S, D]
-        qkv = self.wqkv(x).unflatten(-1, (-1, self.config.head_dim))  # [B, S, H + 2K, E]
-        return self.wo(self.between(qkv, call).flatten(-2))
-
-    def between(self, qkv: Tensor, call: Call) -> Tensor:
-        """What the heads of all tokens find, [B, S, H, E]; the cache takes in their keys and values."""
-        c, cache, where = self.config, self.cache, call.where
-        if c.qk_norm != "all" and fused.attends_heads(qkv, where, cache.k):
-            norms = (self.q_norm.weight, self.k_norm.weight) if c.qk_norm else (None, None)
-            offset, scale = self.q_norm.offset if c.qk_norm else 0.0, c.head_dim ** -0.5 if c.scale is None else c.scale
-            return torch.ops.readonce.attend_heads(
-                qkv, where.positions, call.cos, call.sin, *norms, self.norm_eps, offset, c.v_norm, c.n_heads, c.gated,
-                scale, where.window or 0, self.sinks, cache.k, cache.v, cache.arrived)
-        q, k, v, *scales = self.place(qkv, call)
-        y = ops.attention(q, k, v, where, c.scale, self.sinks, *scales)
-        return y * qkv[:, :, 1:2 * c.n_heads:2].sigmoid() if c.gated else y
-
-    def place(self, qkv: Tensor, call: Call) -> list[Tensor]:
-        """q [B, S, H, E] normalised and turned, and the keys and values to look at, the new ones put among them."""
-        q, k, *rest = qkv.split(self.widths, dim=2)
-        v = rest[0] if rest else k
-        if self.config.gated:
-            q = q[:, :, ::2]
-        if self.config.qk_norm == "all":
-            q, k = self.q_norm(q.flatten(-2)).view(q.shape), self.k_norm(k.flatten(-2)).view(k.shape)
-        else:
-            q, k = self.q_norm(q), self.k_norm(k)
-        v = normalize(v, self.norm_eps).to(v.dtype) if self.config.v_norm else v
-        if call.cos is not None:
-            q, k = rotate(q, call.cos, call.sin), rotate(k, call.cos, call.sin)
-        return [self.cache.queries(q), *self.cache.update(call.where, k, v)]
-
 
 # -- feed-forward -----------------------------------------------------------------------------------------------------
 
@@ -163,6 +82,41 @@ class DenseAndExperts(nn.Module):
         return self.dense_post_norm(self.dense(self.dense_norm(x))) + y
 
 
+# -- per-layer embeddings ---------------------------------------------------------------------------------------------
+
+class PerLayerEmbeddings(nn.Module):
+    """What each layer is told of a token: its own embedding of it, and its part of a projection of the common one. The
+    table may be most of a model, of which a token reads a row for each layer (Gemma 3n, Gemma 4 E2B and E4B)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers, self.width = len(config.layer_types), config.per_layer_dim
+        self.table = Embedding(config.vocab_size * self.layers, self.width)  # a token's rows one behind the other
+        self.table.multiplies = False
+        self.projection = Linear(config.dim, self.layers * self.width)
+        self.norm = RMSNorm(self.width, config.norm_eps, config.norm_offset)
+
+    def forward(self, tokens: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """tokens [B, S] and their embeddings [B, S, D] -> for each layer [B, S, P]."""
+        rows = tokens[..., None] * self.layers + torch.arange(self.layers, device=tokens.device)  # [B, S, layers]
+        projected = self.projection(x).unflatten(-1, (self.layers, -1)) * x.shape[-1] ** -0.5
+        told = (self.norm(projected) + self.table(rows, x.dtype) * self.width ** 0.5) * 2 ** -0.5
+        return told.unbind(2)
+
+
+class PerLayerInput(nn.Module):
+    """What a layer makes of what it is told, by gates of its own."""
+
+    def __init__(self, config: ModelConfig, norm: Callable[[int], RMSNorm]) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.gate, self.out = Linear(config.dim, config.per_layer_dim), Linear(config.per_layer_dim, config.dim)
+        self.norm = norm(config.dim)
+
+    def forward(self, x: Tensor, told: Tensor) -> Tensor:  # [B, S, D], [B, S, P]
+        return self.norm(self.out(fused.gated(self.activation, self.gate(x), told)))
+
+
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 class Block(nn.Module):
@@ -175,15 +129,19 @@ class Block(nn.Module):
         self.ffn_norm = norm(config.dim) if config.pre_norms and not beside else nn.Identity()
         self.attention_post_norm = norm(config.dim) if config.post_norms else nn.Identity()
         self.ffn_post_norm = norm(config.dim) if config.post_norms else nn.Identity()
-        self.attention = (Attention(config.dim, mixer, norm, config.norm_eps) if isinstance(mixer, AttentionConfig)
-                          else GatedDeltaNet(config.dim, mixer, config.norm_eps))
+        self.attention = (GatedDeltaNet(config.dim, mixer, config.norm_eps) if isinstance(mixer, DeltaNetConfig) else
+                          BorrowingAttention(config.dim, mixer, norm) if mixer.borrows else
+                          Attention(config.dim, mixer, norm, config.norm_eps))
         self.feed_forward = (DenseAndExperts(config, norm) if beside else Experts(config) if config.experts
-                             else FeedForward(config.dim, config.ffn_dim, config.activation))
+                             else FeedForward(config.dim, config.ffn_width(mixer), config.activation))
+        self.per_layer = PerLayerInput(config, norm) if config.per_layer_dim else None
         self.scalar = nn.Parameter(torch.empty(1)) if config.layer_scalars else None
 
-    def forward(self, x: Tensor, call: Call | Tensor) -> Tensor:  # x [B, S, D]; what the mixer's `prepare` made
+    def forward(self, x: Tensor, call: Call | Tensor, told: Tensor | None = None) -> Tensor:
+        """x [B, S, D], what the mixer's `prepare` made, and what the layer is told of the tokens, [B, S, P]."""
         x = x + self.attention_post_norm(self.attention(self.attention_norm(x), call))
         x = x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
+        x = x if self.per_layer is None else x + self.per_layer(x, told)
         return x if self.scalar is None else x * self.scalar.to(x.dtype)
 
 
@@ -214,10 +172,16 @@ class Transformer(nn.Module):
         self.config = config
         self.tok_embeddings = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, config.mixers[kind]) for kind in config.layer_types)
+        self.lenders = sum(not isinstance(layer.attention, BorrowingAttention) for layer in self.layers)
+        own, last = config.layer_types[:self.lenders], {kind: i for i, kind in enumerate(config.layer_types)}
+        self.first = {kind: own.index(kind) for kind in own}  # a layer of each type
+        self.borrowed = {kind: config.mixers[kind].borrows for kind in config.layer_types[self.lenders:]}
+        for kind in self.borrowed.values():
+            self.layers[last[kind]].attention.lends = True
+        self.per_layer = PerLayerEmbeddings(config) if config.per_layer_dim else None
         self.norm = RMSNorm(config.dim, config.norm_eps, config.norm_offset)
         self.output = Linear(config.dim, config.vocab_size)
         self.mtp = MultiTokenHead(config) if config.mtp else None
-        self.first = {kind: config.layer_types.index(kind) for kind in config.layer_types}  # a layer of each kind
         self.kv_dtype: torch.dtype | None = None  # of keys and values; None: as activations
         self.cache_size = (0, 0, 0)  # batch, positions, rewind; a new object whenever there are new buffers
         self.register_buffer("text", None, persistent=False)  # [B, L], the token at each position
@@ -245,9 +209,21 @@ class Transformer(nn.Module):
         return max(layer.attention.block for layer in self.layers)
 
     @property
+    def flash(self) -> bool:
+        """Whether prompts are read without masks, in all layers."""
+        return all(getattr(mixer.cache, "flash", False) for mixer in self.mixers)
+
+    @property
     def mixers(self) -> list[Attention | GatedDeltaNet]:
         """All that keep something of past positions: the layers', and the multi-token head's behind them."""
-        return [block.attention for block in (*self.layers, *([self.mtp.block] if self.mtp else []))]
+        blocks = (*self.layers[:self.lenders], *([self.mtp.block] if self.mtp else []))
+        return [block.attention for block in blocks]
+
+    @property
+    def tables(self) -> list[Embedding]:
+        """The embeddings of which a token reads its rows alone, since they are no head too."""
+        return [*([] if self.config.tie_embeddings else [self.tok_embeddings]),
+                *([self.per_layer.table] if self.per_layer else [])]
 
     @property
     def cache_dtypes(self) -> tuple[torch.dtype, torch.dtype]:
@@ -309,17 +285,30 @@ class Transformer(nn.Module):
 
         The caches take in these tokens; all positions before them must have been taken in by earlier calls.
         """
-        return self.logits(self.hidden(tokens, positions)[:, -1])
+        return self.logits(self.hidden(tokens, positions, last=True)[:, -1])
 
-    def hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The last block's output for every token, [B, S, D]."""
+    def hidden(self, tokens: Tensor, positions: Tensor, last: bool = False) -> Tensor:
+        """The last block's output for every token, [B, S, D]. With `last` some may be missing, but not the last: what
+        layers that borrow make of the others serves nobody else."""
         if self.text is not None:
             self.text.scatter_(1, positions, tokens)
-        calls = {kind: self.layers[i].attention.prepare(positions) for kind, i in self.first.items()}
-        x = self.embed(tokens)
-        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            x = layer(x, calls[kind])
+        calls, x = self.calls(positions), self.embed(tokens)
+        told = self.told(tokens, x)
+        for i, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
+            if last and i == self.lenders and tokens.shape[1] > 1:
+                x, calls = x[:, -1:], {kind: calls[kind].last() for kind in self.borrowed}
+                told = [None if y is None else y[:, -1:] for y in told]
+            x = layer(x, calls[kind], told[i])
         return x
+
+    def calls(self, positions: Tensor) -> dict[str, Call | Tensor]:
+        """What all layers of a type share in a call at positions [B, S]; those that borrow share it with the lender."""
+        calls = {kind: self.layers[i].attention.prepare(positions) for kind, i in self.first.items()}
+        return calls | {kind: calls[lender] for kind, lender in self.borrowed.items()}
+
+    def told(self, tokens: Tensor, x: Tensor) -> Sequence[Tensor | None]:
+        """What each layer is told of tokens [B, S] besides their embeddings x [B, S, D]: [B, S, P] or nothing."""
+        return self.per_layer(tokens, x) if self.per_layer else [None] * len(self.layers)
 
     def embed(self, tokens: Tensor) -> Tensor:  # [B, S] -> [B, S, D]
         x = self.tok_embeddings(tokens, self.dtype)
@@ -350,9 +339,9 @@ class Transformer(nn.Module):
         active ones (for several rows, as many different ones as even routing would choose), of all else everything.
         The multi-token head is not part of such a step."""
         total = sum(p.nbytes for name, p in self.named_parameters() if not name.startswith("mtp."))
-        if not self.config.tie_embeddings:
-            table = sum(p.nbytes for p in self.tok_embeddings.parameters())
-            total -= table - rows * (table // self.config.vocab_size)
+        for table in self.tables:
+            size = sum(p.nbytes for p in table.parameters())
+            total -= size - rows * (size // self.config.vocab_size)
         for module in self.layers.modules():
             if isinstance(module, ExpertLinear):
                 idle = (1 - self.config.experts.n_active / self.config.experts.n_experts) ** rows
@@ -360,6 +349,11 @@ class Transformer(nn.Module):
         return total
 
     def cache_bytes(self, positions: float) -> int:
-        """Bytes of caches that a row of so many positions needs, and that the token after them reads."""
+        """Bytes of caches that a row of so many positions needs."""
         return int(sum(mixer.cache_bytes(positions, *self.cache_dtypes) for mixer in self.mixers))
+
+    def cache_bytes_read(self, positions: float) -> int:
+        """Bytes of them that the token after those positions reads: what layers borrow, each for itself."""
+        borrowers = [layer.attention for layer in self.layers[self.lenders:]]
+        return int(sum(mixer.cache_bytes(positions, *self.cache_dtypes) for mixer in (*self.mixers, *borrowers)))
 

@@ -110,6 +110,8 @@ def tensors(model: Transformer, checkpoint: Checkpoint, found: dict[str, list[st
         shapes = {name: checkpoint.tensors[name].shape for name in names}
         if turned(model, checkpoint, parameter):
             shapes = {names[0].removesuffix("_blocks"): module.shape}
+        if parameter == "per_layer.table.weight":  # a row for each token and layer, and so its scales
+            shapes = {names[0]: module.shape}
         if names[0].endswith("in_proj_qkvz.weight"):  # in our order of rows, under the names that mean it
             mixer = model.config.mixers["linear"]
             shapes = {names[0].replace("qkvz", "qkv"): (conv_width(mixer), model.config.dim),

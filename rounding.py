@@ -5,7 +5,7 @@ Glossary: M rows of the matrix, K columns, g group size, n groups.
 import torch
 from torch import Tensor
 
-from ops import pack_int4
+from ops.formats import pack_int4
 
 # What the plain scale is multiplied by in the search; negative: the largest number becomes 7, not -8.
 FACTORS = (1.0, 0.9, 0.8, -1.0, -1.1, -1.2)

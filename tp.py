@@ -32,6 +32,7 @@ ROWS: dict[str, Callable[[ModelConfig, Mixer, int], list[tuple[int, int]]]] = {
     r"attention\.wqkv\..*": lambda c, m, n: [
         (m.n_heads * (1 + m.gated) * m.head_dim, n),
         *[(m.n_kv_heads * m.head_dim, min(n, m.n_kv_heads))] * (1 if m.keys_are_values else 2)],
+    r"attention\.wq\..*": lambda c, m, n: [(m.n_heads * m.head_dim, n)],
     r"attention\.q_norm\..*": lambda c, m, n: [(m.n_heads * m.head_dim, n) if m.qk_norm == "all" else (m.head_dim, 1)],
     r"attention\.k_norm\..*": lambda c, m, n: [
         (m.n_kv_heads * m.head_dim, min(n, m.n_kv_heads)) if m.qk_norm == "all" else (m.head_dim, 1)],
@@ -40,7 +41,7 @@ ROWS: dict[str, Callable[[ModelConfig, Mixer, int], list[tuple[int, int]]]] = {
     r"attention\.conv": lambda c, m, n: [(m.n_k_heads * m.k_dim, n)] * 2 + [(m.n_v_heads * m.v_dim, n)],
     r"attention\.w_ba\..*": lambda c, m, n: [(m.n_v_heads, n)] * 2,
     r"attention\.(A_log|dt_bias)": lambda c, m, n: [(m.n_v_heads, n)],
-    r"feed_forward\.w13\..*": lambda c, m, n: [(c.experts.ffn_dim if c.experts else c.ffn_dim, n)] * 2,
+    r"feed_forward\.w13\..*": lambda c, m, n: [(c.experts.ffn_dim if c.experts else c.ffn_width(m), n)] * 2,
     r"feed_forward\.dense\.w13\..*": lambda c, m, n: [(c.ffn_dim, n)] * 2,
     r"feed_forward\.experts\.w13\..*": lambda c, m, n: [(c.experts.ffn_dim, n)] * 2,
     r"feed_forward\.shared\.w13\..*": lambda c, m, n: [(c.experts.shared_dim, n)] * 2,

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.formats import dequantize
+
 LIBRARY = torch.library.Library("readonce", "DEF")
 
 
@@ -32,7 +34,7 @@ def bind(device_type: str, dtype: torch.dtype = torch.float32) -> None:
     """Make the fast twins of a device known, for activations of `dtype`. Without Triton, or a compiler for
     ops/cpu*.cpp, the plain forms serve. On a CPU float32 is for exactness, which plain PyTorch has."""
     if device_type == "cuda" and importlib.util.find_spec("triton"):
-        for room in ("cuda_linear", "cuda_attention", "cuda_delta"):
+        for room in ("cuda_linear", "cuda_heads", "cuda_attention", "cuda_delta"):
             importlib.import_module(f"ops.{room}")
     elif device_type == "mps":
         importlib.import_module("ops.mps")
@@ -156,30 +158,6 @@ def _(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
 
 # -- quantized --------------------------------------------------------------------------------------------------------
 
-# Two formats, told apart by the dtype of the weight:
-#   int8  weight int8 [..., out, in], scale float32 [..., out]:              w = weight * scale
-#   int4  weight uint8 [..., out, in / 2], scale float16 [..., out, in / g]: w = (nibble - 8) * scale, a scale for
-#         g = 32, 64 or 128 columns; of a byte, the low half is the even column, the high half the odd one
-
-def pack_int4(q: Tensor) -> Tensor:
-    """Whole numbers -8 .. 7 [..., in] -> bytes [..., in / 2]."""
-    nibbles = (q + 8).to(torch.uint8)
-    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
-
-
-def unpack_int4(weight: Tensor) -> Tensor:
-    """Bytes [..., in / 2] -> int8 -8 .. 7 [..., in]."""
-    return torch.stack([weight & 15, weight >> 4], -1).flatten(-2).to(torch.int8) - 8
-
-
-def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
-    """Either format -> float32 [..., out, in]."""
-    if weight.dtype == torch.int8:
-        return weight * scale[..., None]
-    groups = unpack_int4(weight).unflatten(-1, (scale.shape[-1], -1))
-    return (groups * scale.float()[..., None]).flatten(-2)
-
-
 WIDENED = 1 << 22  # numbers of a matrix made wide at a time
 
 LIBRARY.define("quantized_linear(Tensor x, Tensor weight, Tensor scale) -> Tensor")
@@ -257,6 +235,7 @@ class Attended(NamedTuple):
     span: int | None = None  # slots [0, span) are read; None: known only on the device
     mask: Tensor | None = None  # [B, 1, 1, S, span], True where a query may look; None: everywhere
     window: int | None = None  # a query sees itself and window - 1 positions before it
+    causal: bool = False  # the queries are the last S of the span: no mask is needed
     beside: Tensor | None = None  # [B, window - 1] slots to be read beside the new keys; None: the new are in the cache
 
 
@@ -289,8 +268,17 @@ def kernel_reads_positions(positions: Tensor) -> bool:
     return few and (positions.device.type != "cpu" or cpu_attends())
 
 
-def attended(positions: Tensor, size: int, window: int | None = None) -> Attended:
+def flashes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether PyTorch has FlashAttention-2 there, which knows by itself that the last query looks at all keys and those
+    before it at fewer: a mask takes twice the work, and memory for each query and key."""
+    if device.type != "cuda" or torch.version.hip or dtype.itemsize != 2 or head_dim > 256 or head_dim % 8:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def attended(positions: Tensor, size: int, window: int | None = None, flash: bool = False) -> Attended:
     """The attended part of a cache of `size` slots that will hold `positions`, so that cost follows the filled part.
+    flash: where a call needs no mask, it shall have none.
 
     For a prompt the last position is read back, once per chunk. For a token that would stall a GPU and break its graph,
     and costs a CPU as much as attention itself: there the kernel reads the position. A CPU without its kernels reads it
@@ -305,6 +293,8 @@ def attended(positions: Tensor, size: int, window: int | None = None) -> Attende
         torch._check(span <= size)
     if positions.numel() == 1 and window in (None, size):
         return Attended(positions, span)
+    if flash and not torch.compiler.is_compiling() and span - int(positions.min()) == positions.shape[1]:
+        return Attended(positions, span, causal=True)  # of rows that begin at one position, all read so far
     keys = slot_positions(positions[:, -1:], torch.arange(span, device=positions.device), size)
     return Attended(positions, span, visible(keys, positions, window)[:, None, None])
 
@@ -336,6 +326,12 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, where: Attended, scal
     K = k_cache.shape[1]
     G = H // K
     scale = E ** -0.5 if scale is None else scale
+    if where.span is not None:
+        k, v, k_scale, v_scale = (None if t is None else t.narrow(2, 0, where.span)
+                                  for t in (k_cache, v_cache, k_scale, v_scale))
+        k, v = widened(k, k_scale, q.dtype), widened(v, v_scale, q.dtype)  # [B, K, n, E]
+        if where.causal:  # by a kernel that shares keys by itself, too
+            return causal_attention(q.transpose(1, 2), k, v, scale).transpose(1, 2)
     q = q.view(B, S, K, G, E).permute(0, 2, 3, 1, 4).reshape(B, K, G * S, E)
     if sinks is not None:
         sinks = sinks.view(K, G, 1).expand(K, G, S).reshape(K, G * S)
@@ -343,14 +339,20 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, where: Attended, scal
         y = torch.ops.readonce.decode_attention(q, k_cache, v_cache, where.positions, scale, where.window or 0, sinks,
                                                 k_scale, v_scale)
     else:
-        k, v, k_scale, v_scale = (None if t is None else t.narrow(2, 0, where.span)
-                                  for t in (k_cache, v_cache, k_scale, v_scale))
-        k, v = widened(k, k_scale, q.dtype), widened(v, v_scale, q.dtype)  # [B, K, n, E]
         mask = where.mask
         if mask is not None:
             mask = mask.expand(B, 1, G, S, where.span).reshape(B, 1, G * S, where.span)
         y = softmax_attention(q, k, v, mask, scale, sinks)
     return y.view(B, K, G, S, E).permute(0, 3, 1, 2, 4).reshape(B, S, H, E)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Queries [B, H, S, E], the last of n positions, over all keys and values [B, K, n, E]."""
+    if q.shape[2] == k.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    from torch.nn.attention.bias import causal_lower_right  # which imports the compiler, a second of time
+    mask = causal_lower_right(q.shape[2], k.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,

@@ -1,6 +1,6 @@
 // The quantized linear map on a CPU: weights are read once, in the order in which they lie in memory.
 // ops/cpu.py compiles this file for the machine at hand, whose instructions are in cpu_vectors.h; ops/__init__.py
-// declares the operators and the portable format.
+// declares the operators, ops/formats.py has the portable format.
 //
 // Arithmetic. A row of x is rounded to int8 in blocks of 32 columns: scale = largest |x| / 127, q = x * (127 / largest)
 // to nearest even. Products of int8 by int4 or int8 are summed in int32, which is exact; the sums of blocks, times the

@@ -104,6 +104,35 @@ template <typename T> INLINE void store_piece(T* y, const Wide<T>& v, int64_t mo
   std::memcpy((void*)y, piece, std::min<int64_t>(PIECE<T>, most) * sizeof(T));
 }
 
+// A register of float32 from as many numbers of any type, and back.
+
+typedef uint16_t Halves __attribute__((vector_size(WIDTH / 2)));
+
+template <typename T> INLINE Floats load_as_floats(const T* p) {
+  if constexpr (std::is_same_v<T, float>) return load<Floats>(p);
+  else if constexpr (std::is_same_v<T, c10::Half>) return load_halves(p);
+  else return (Floats)(__builtin_convertvector(load<Halves>(p), Ints) << 16);
+}
+
+template <typename T> INLINE Floats load_some(const T* p, int64_t n) {  // zeros behind the n first
+  if (n >= LANES) return load_as_floats(p);
+  T some[LANES] = {};
+  std::memcpy((void*)some, p, n * sizeof(T));
+  return load_as_floats(some);
+}
+
+template <typename T> INLINE void store_some(T* p, Floats v, int64_t n) {  // the n first
+  n = std::min<int64_t>(n, LANES);
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    Halves narrow = __builtin_convertvector(upper(round_to_bfloat16(v)), Halves);
+    std::memcpy((void*)p, &narrow, n * sizeof(T));
+  } else if constexpr (std::is_same_v<T, float>) {
+    std::memcpy(p, &v, n * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < n; i++) p[i] = v[i];
+  }
+}
+
 #if defined(__clang__)
 template <typename V, int... I> INLINE V shuffle(V a, V b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, I...);

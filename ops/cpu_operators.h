@@ -15,6 +15,10 @@ at::Tensor linear16(const at::Tensor& x, const at::Tensor& weight, const std::op
 at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& positions,
                             double scale, int64_t window, const std::optional<at::Tensor>& sinks,
                             const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& v_scale);
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, double offset);
+at::Tensor turn_heads(const at::Tensor& qkv, const std::optional<at::Tensor>& cos, const std::optional<at::Tensor>& sin,
+                      const std::optional<at::Tensor>& q_norm, const std::optional<at::Tensor>& k_norm, double eps,
+                      double offset, bool v_norm, int64_t heads, int64_t kv_heads, bool gated);
 at::Tensor delta_step(const at::Tensor& qkvz, const at::Tensor& ba, const at::Tensor& positions, at::Tensor conv,
                       at::Tensor state, const at::Tensor& taps, const at::Tensor& decay, const at::Tensor& shift,
                       const at::Tensor& norm, double eps);

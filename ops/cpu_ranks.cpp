@@ -50,6 +50,8 @@ Tensor LIBRARY::exchange(const Tensor& shared, const Tensor& x, int64_t rank, in
     std::memcpy(slot(rank), x.data_ptr(), n * 4);
     come(rank).store(round, std::memory_order_release);
   }
+  static const int64_t cores = std::thread::hardware_concurrency();
+  const bool crowded = ranks > cores;  // who waits for the others then keeps them from coming
   const auto start = std::chrono::steady_clock::now();
   for (int64_t r = 0; r < ranks; ++r)
     for (int looks = 0; come(r).load(std::memory_order_acquire) < static_cast<uint64_t>(round); ++looks) {
@@ -57,7 +59,7 @@ Tensor LIBRARY::exchange(const Tensor& shared, const Tensor& x, int64_t rank, in
       if (looks % 64) continue;
       const auto waited = std::chrono::steady_clock::now() - start;
       if (waited > PATIENCE) return empty({0}, x.scalar_type());
-      if (waited > SPIN) std::this_thread::yield();
+      if (waited > SPIN || crowded) std::this_thread::yield();
     }
   if (!sum) {
     Tensor all = empty({ranks, n}, x.scalar_type());
@@ -82,6 +84,8 @@ TORCH_LIBRARY_IMPL(LIBRARY, CPU, m) {
   m.impl("packed_linear", &LIBRARY::packed_linear);
   m.impl("linear16", &LIBRARY::linear16);
   m.impl("decode_attention", &LIBRARY::decode_attention);
+  m.impl("rms_norm", &LIBRARY::rms_norm);
+  m.impl("turn_heads", &LIBRARY::turn_heads);
   m.impl("delta_step", &LIBRARY::delta_step);
   m.impl("exchange", &LIBRARY::exchange);
 }

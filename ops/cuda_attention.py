@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ops import FEW, LIBRARY
+from ops.cuda_heads import heads_of
 from ops.cuda_pdl import await_inputs, launch_options
 
 PROGRAMS = 256  # that are enough to fill a card
@@ -26,30 +27,6 @@ def tile(rows: int, head_dim: int, itemsize: int) -> dict[str, int]:
     block = max(16, min(64, TILE_BYTES // (cols * itemsize)))
     return {"COLS": cols, "ROWS": together, "BLOCK": block, "num_warps": 8 if together * cols > 4096 else 4,
             "num_stages": 2 if block * cols * itemsize > TILE_BYTES else 3}
-
-
-@triton.jit
-def heads_of(x, start, real, token, weight, cos, sin, eps, offset, E: tl.constexpr, COLS: tl.constexpr,
-             TURNED: tl.constexpr):
-    """Heads that begin at x + start [ROWS], where `real`, of some tokens [ROWS]: normalised if there is a weight, and
-    their first TURNED numbers turned, each pair by its angle at cos, sin [tokens, TURNED / 2]. float32 [ROWS, COLS]"""
-    HALF: tl.constexpr = TURNED // 2
-    col = tl.arange(0, COLS)
-    y = tl.load(x + start[:, None] + col[None, :], mask=real[:, None] & (col < E)[None, :], other=0.0).to(tl.float32)
-    if TURNED:
-        other = tl.where(col < HALF, col + HALF, col - HALF)
-        mine = real[:, None] & (col < TURNED)[None, :]
-        pair = tl.load(x + start[:, None] + other[None, :], mask=mine, other=0.0).to(tl.float32)
-        angle = token[:, None] * HALF + (col % HALF)[None, :]
-        c, s = tl.load(cos + angle, mask=mine, other=1.0), tl.load(sin + angle, mask=mine, other=0.0)
-    if weight is not None:
-        rate = tl.rsqrt(tl.sum(y * y, 1) / E + eps)[:, None]
-        y *= rate * (offset + tl.load(weight + col, mask=col < E, other=0.0).to(tl.float32))[None, :]
-        if TURNED:
-            pair *= rate * (offset + tl.load(weight + other, mask=col < TURNED, other=0.0).to(tl.float32))[None, :]
-    if TURNED:
-        y = y * c + tl.where(col < HALF, -1.0, 1.0)[None, :] * pair * s
-    return y
 
 
 @triton.jit

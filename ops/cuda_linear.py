@@ -6,7 +6,7 @@ Not yet run on a GPU: the arithmetic is tested on a CPU through Triton's interpr
 H100 or H200: for one row of x 2.0 for a weight of 16 bits, 2.9 to 3.4 for int8, 2.4 to 2.8 for int4, where reading at
 4.3 TB/s leaves time for 13, 7.8 and 4.4. (What PyTorch's compiler makes of a product with one row has 6 to 25 for 16
 bits, by how it is tiled: there each row of the matrix normalises or activates x anew.) The weights are read as they lie
-on disk (ops/__init__.py), each byte once for all rows of x.
+on disk (ops/formats.py), each byte once for all rows of x.
 Glossary: N, n rows of x with an expert each, M rows of x that share a matrix, g columns to a scale.
 """
 import functools

@@ -1,6 +1,7 @@
 """Steps that some device takes in another way, in fewer or better kernels than the compiler finds: a matrix and what is
 done to its products, all of attention or of a Gated DeltaNet layer between its matrices, the choice of experts and of
-the likeliest token. Elsewhere they are taken as the model has them, and the compiler fuses what it can.
+the likeliest token; and norms and heads, where no compiler is at work. Elsewhere they are taken as the model has them,
+and the compiler fuses what it can.
 
 Glossary: B batch, S tokens in this call, H heads, E head_dim, K and V widths of keys and values, F feed-forward width.
 """
@@ -16,7 +17,11 @@ from ops import LIBRARY, Attended, expert_linear, linear, loaded
 
 def activate(name: str, x: Tensor) -> Tensor:
     """[..., 2 F], gate and up side by side -> [..., F] (Shazeer 2020, arXiv 2002.05202)."""
-    gate, up = x.chunk(2, -1)
+    return gated(name, *x.chunk(2, -1))
+
+
+def gated(name: str, gate: Tensor, up: Tensor) -> Tensor:
+    """[..., F] twice -> [..., F]."""
     if name == "clamped_silu":  # gpt-oss
         gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
         return gate * torch.sigmoid(1.702 * gate) * (up + 1)
@@ -108,6 +113,24 @@ def _(qkv: Tensor, positions: Tensor, cos: Tensor | None, sin: Tensor | None, q_
       k_norm: Tensor | None, eps: float, offset: float, v_norm: bool, heads: int, gated: bool, scale: float,
       window: int, sinks: Tensor | None, k: Tensor, v: Tensor, arrived: Tensor) -> Tensor:
     return qkv.new_empty(*qkv.shape[:2], heads, qkv.shape[3])
+
+
+# -- eagerly ----------------------------------------------------------------------------------------------------------
+
+# A prompt is read without a compiler, that a text of any length may begin at once. What the compiler would make a
+# kernel or two of are then ten or more, each with numbers of its own to write and read.
+
+LIBRARY.define("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor")
+LIBRARY.define("turn_heads(Tensor qkv, Tensor? cos, Tensor? sin, Tensor? q_norm, Tensor? k_norm, float eps, "
+               "float offset, bool v_norm, int heads, int kv_heads, bool gated) -> Tensor")
+
+
+def runs_eagerly(x: Tensor) -> bool:
+    """Whether `torch.ops.readonce.rms_norm` and `turn_heads` take x: where a device has kernels for them, and no
+    compiler is at work. The first does what `RMSNorm` does, the second what `Attention.heads` does with products
+    [B, S, heads, E]: queries, keys and values side by side, [B, S, H + 2 K, E]."""
+    there = not torch.compiler.is_compiling() and loaded("turn_heads", x.device.type)
+    return there and (x.device.type != "cpu" or x.itemsize == 2)  # a CPU's float32 is plain PyTorch's
 
 
 # -- Gated DeltaNet ---------------------------------------------------------------------------------------------------

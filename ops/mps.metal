@@ -1,4 +1,4 @@
-// Matrices times a few vectors, for Apple GPUs, in the formats of ops/__init__.py or of 16 bits. Bound by ops/mps.py,
+// Matrices times a few vectors, for Apple GPUs, in the formats of ops/formats.py or of 16 bits. Bound by ops/mps.py,
 // which defines, before this text:
 //   X      bfloat, half or float, the type of x and y; X4: four of them
 //   ROWS   rows of the matrix that a simdgroup (32 lanes) works

@@ -15,8 +15,9 @@ LONG = 1024  # slots of a cache past which attention takes two
 
 
 def kernels_of_step(config: ModelConfig, slots: int) -> int | None:
-    """Of a greedy step with caches of so many positions; None where nobody has counted: with experts."""
-    if config.experts:
+    """Of a greedy step with caches of so many positions; None where nobody has counted: with experts, or with
+    per-layer embeddings."""
+    if config.experts or config.per_layer_dim:
         return None
     mixers = [config.mixers[kind] for kind in config.layer_types]
     return REST + sum(ATTENTION + GATE * mixer.gated + (min(slots, mixer.window or slots) > LONG)

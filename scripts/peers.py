@@ -85,13 +85,13 @@ class Absent(Exception):
 
 def unrounded(model: Transformer, positions: float) -> float:
     """Bytes of the caches of so many positions of a peer with this shape, which has no int8."""
-    return sum(mixer.cache_bytes(positions, model.dtype, model.dtype) for mixer in model.mixers)
+    return sum(layer.attention.cache_bytes(positions, model.dtype, model.dtype) for layer in model.layers)
 
 
 def step_bytes(model: Transformer, case: Case, ours: bool = True) -> float:
     """Bytes of weights and caches that a step reads, on average over the tokens that are made."""
     attended = case.depth + case.prompt_length + case.new_tokens / 2
-    caches = model.cache_bytes(attended) if ours else unrounded(model, attended)
+    caches = model.cache_bytes_read(attended) if ours else unrounded(model, attended)
     return model.weight_bytes_per_token(case.batch) + case.batch * caches
 
 
@@ -251,8 +251,8 @@ def llama_cpp(model: Transformer, exact: Callable[[], Transformer], case: Case, 
         export(exact(), None, file)
         os.sync()  # else it would start while its file is being written
     attended = case.depth + case.prompt_length + case.new_tokens / 2
-    int8 = model.kv_dtype == torch.int8
-    cache = model.cache_bytes(attended) if int8 else unrounded(model, attended) * 2 / model.dtype.itemsize  # float16
+    int8, size = model.kv_dtype == torch.int8, 2 / model.dtype.itemsize  # it has float16
+    cache = model.cache_bytes_read(attended) if int8 else unrounded(model, attended) * size
     options = ["-m", str(file), *(ON_GPU if gpu else ON_CPU), *(INT8_CACHES if int8 else [])]
     _, found = run_llama(program, Case(1, 2), options)
     theirs = {"int8": "Q8_0", "int4": "Q4_0, head Q8_0", "int4-pure": "Q4_0"}

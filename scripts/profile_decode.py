@@ -68,35 +68,39 @@ def parts(model: Transformer, depth: int) -> list[Part]:
     """The parts in the order in which `step_in_parts` runs them, for a token that `depth` others came before."""
     config = model.config
     active = config.experts.n_active if config.experts else 0
-    row = 0 if config.tie_embeddings else nbytes(model.tok_embeddings) // config.vocab_size
-    found = [Part("embedding", None, row)]
+    rows = sum(nbytes(table) // config.vocab_size for table in model.tables)
+    told = (model.per_layer.projection, model.per_layer.norm) if model.per_layer else ()
+    found = [Part("embedding", None, rows + sum(map(nbytes, told)))]
     for i, (layer, kind) in enumerate(zip(model.layers, config.layer_types, strict=True)):
         mixer = sum(map(nbytes, (layer.attention_norm, layer.attention, layer.attention_post_norm)))
         mixer += int(layer.attention.cache_bytes(depth, *model.cache_dtypes))
-        ffn = sum(nbytes(m, active) for m in (layer.ffn_norm, layer.feed_forward, layer.ffn_post_norm))
+        rest = (layer.ffn_norm, layer.feed_forward, layer.ffn_post_norm, layer.per_layer)
+        ffn = sum(nbytes(module, active) for module in rest if module)
         ffn += 0 if layer.scalar is None else layer.scalar.nbytes
         says = ("dense and experts" if isinstance(layer.feed_forward, DenseAndExperts) else
                 "experts" if isinstance(layer.feed_forward, Experts) else "feed-forward")
         found += [Part(f"{kind} attention", i, mixer), Part(says, i, ffn)]
     found += [Part("norm and head", None, nbytes(model.norm) + nbytes(model.output)), Part("sampling", None, 0)]
-    assert sum(part.bytes for part in found) == model.weight_bytes_per_token() + model.cache_bytes(depth), found
+    assert sum(part.bytes for part in found) == model.weight_bytes_per_token() + model.cache_bytes_read(depth), found
     return found
 
 
 # -- the step, part by part -------------------------------------------------------------------------------------------
 
-def embed(model: Transformer, token: Tensor, position: Tensor) -> tuple[Tensor, dict]:
-    """token, position [B, 1] -> x [B, 1, D], and what all layers of a kind share."""
-    calls = {kind: model.layers[i].attention.prepare(position) for kind, i in model.first.items()}
-    return model.embed(token.clamp_min(0)), calls
+def embed(model: Transformer, token: Tensor, position: Tensor) -> tuple[Tensor, Sequence[Tensor | None], dict]:
+    """token, position [B, 1] -> x [B, 1, D], what each layer is told besides, and what all layers of a kind share."""
+    token = token.clamp_min(0)
+    x = model.embed(token)
+    return x, model.told(token, x), model.calls(position)
 
 
 def mix(layer: Block, x: Tensor, call) -> Tensor:
     return x + layer.attention_post_norm(layer.attention(layer.attention_norm(x), call))
 
 
-def feed(layer: Block, x: Tensor) -> Tensor:
+def feed(layer: Block, x: Tensor, told: Tensor | None) -> Tensor:
     x = x + layer.ffn_post_norm(layer.feed_forward(layer.ffn_norm(x)))
+    x = x if told is None else x + layer.per_layer(x, told)
     return x if layer.scalar is None else x * layer.scalar.to(x.dtype)
 
 
@@ -110,10 +114,10 @@ def choose(logits: Tensor, position: Tensor, sampling: dict) -> tuple[Tensor, Te
 
 def step_in_parts(model: Transformer, token: Tensor, position: Tensor, sampling: dict, call: Callable) -> tuple:
     """`decoding.decode`, with call(part, *inputs) for each part in order, which returns what the part does."""
-    x, calls = call(embed, model, token, position)
-    for layer, kind in zip(model.layers, model.config.layer_types, strict=True):
+    x, told, calls = call(embed, model, token, position)
+    for layer, kind, its in zip(model.layers, model.config.layer_types, told, strict=True):
         x = call(mix, layer, x, calls[kind])
-        x = call(feed, layer, x)
+        x = call(feed, layer, x, its)
     return call(choose, call(head, model, x), position, sampling)
 
 

@@ -141,7 +141,7 @@ def load_of(config: ModelConfig, dtype: torch.dtype, ranks: int, batch: int, con
     # Those beside a dense feed-forward have a norm each before they are added. Two more: embedding, best logits.
     sums = 3 if config.experts and config.experts.beside_dense else 2
     return Load(sum(p.nbytes for p in model.parameters()), batch * model.cache_bytes(context),
-                model.weight_bytes_per_token(batch), batch * model.cache_bytes(depth), operations,
+                model.weight_bytes_per_token(batch), batch * model.cache_bytes_read(depth), operations,
                 sums * len(config.layer_types) + 2 if ranks > 1 else 0, batch * config.dim * dtype.itemsize)
 
 

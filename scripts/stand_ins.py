@@ -1,5 +1,5 @@
 """A model as scripts/why_cpu.py compares it with itself: the same numbers behind other products, in other matrices, in
-other memory. Packed and quantized matrices are as ops/__init__.py says.
+other memory. Packed and quantized matrices are as ops/__init__.py and ops/formats.py say.
 
 Glossary: K columns, N rows of a matrix; M rows of x.
 """
@@ -19,7 +19,7 @@ import device as machine
 from checkpoint import BLOCK_NAMES, NAMES
 from layers import Linear
 from model import Transformer
-from ops import unpack_int4
+from ops.formats import unpack_int4
 from ops.fused import activate
 
 TILE = 16  # rows: a packed matrix can be cut between tiles

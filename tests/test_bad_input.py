@@ -154,8 +154,14 @@ FOLDERS = {
     "window without size": (config(layer_types=["full_attention", "sliding_attention"]), ["no 'sliding_window'"]),
     "attention of another kind": (config(architectures=["Qwen3_5ForCausalLM"], linear_num_value_heads=5),
                                   ["5 linear value heads", "multiple"]),
-    "embeddings per layer": (config(architectures=["Gemma4ForCausalLM"], hidden_size_per_layer_input=256),
-                             ["hidden_size_per_layer_input=256", "not supported"]),
+    "per-layer embeddings of another vocabulary": (
+        config(architectures=["Gemma4ForCausalLM"], hidden_size_per_layer_input=256, vocab_size_per_layer_input=7,
+               hidden_act=None, hidden_activation="gelu_pytorch_tanh", num_hidden_layers=1),
+        ["vocab_size_per_layer_input=7", "not supported"]),
+    "nobody to share keys and values with": (
+        config(architectures=["Gemma4ForCausalLM"], num_kv_shared_layers=1, sliding_window=8,
+               layer_types=["sliding_attention", "full_attention"]),
+        ["num_kv_shared_layers=1 of 2 layers", "before them"]),
     "more active experts than there are": (
         config(architectures=["MixtralForCausalLM"], num_local_experts=2, num_experts_per_tok=3), ["3 active of 2"]),
     "dense layers among experts": (config(architectures=["Qwen3MoeForCausalLM"], mlp_only_layers=[1],

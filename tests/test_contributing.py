@@ -46,8 +46,8 @@ def test_the_files_it_names_are_there(name):
 
 def test_the_names_it_follows_a_token_by_are_there():
     for file, names in {"generate.py": ("main", "run_sample"), "decoding.py": ("generate", "_step", "compiled_steps"),
-                        "model.py": ("Transformer", "Block", "Attention"), "kv_cache.py": ("KVCache",),
-                        "layers.py": ("Matrix",)}.items():
+                        "model.py": ("Transformer", "Block"), "attention.py": ("Attention",),
+                        "kv_cache.py": ("KVCache",), "layers.py": ("Matrix",)}.items():
         text = (ROOT / file).read_text()
         assert all(f"`{name}" in TEXT and re.search(rf"^(def|class) {name}\b", text, re.M) for name in names)
 

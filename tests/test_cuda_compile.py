@@ -1,6 +1,7 @@
 """What Triton's compiler makes of the CUDA kernels, on a machine without a card: that there is code for each card that
 we mean, within its shared memory; that weights are read 16 bytes at a time; and that a kernel which starts before the
 one ahead of it has ended touches nothing of that one before it has waited. It says nothing of speed or of races."""
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -12,7 +13,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from ops import cuda_attention, cuda_delta, cuda_linear  # noqa: E402
+from ops import cuda_attention, cuda_delta, cuda_heads, cuda_linear  # noqa: E402
 
 SHARED = {75: 64, 80: 163, 89: 99, 90: 227, 100: 227}  # KB a program may have (CUDA C++ Programming Guide, table 30)
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
@@ -56,7 +57,8 @@ def recorded(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_linear, "understands", lambda device, dtype: dtype != FP32)
     found = {}
     for room, names in ((cuda_attention, ("attend_split", "join_splits", "attend_and_join")),
-                        (cuda_linear, ("few_rows", "widen")), (cuda_delta, ("delta_head",))):
+                        (cuda_linear, ("few_rows", "widen")), (cuda_delta, ("delta_head",)),
+                        (cuda_heads, ("normed_rows", "turned_heads"))):
         for name in names:
             found[name] = Recorder(getattr(room, name))
             monkeypatch.setattr(room, name, found[name])
@@ -166,6 +168,18 @@ def test_matrices_are_made_wide_16_bytes_at_a_time(recorded, tmp_path, group):
         code = (compiled := recorded["widen"].compile(card)).asm["ptx"]
         assert re.search(r"ld\.global\S*\.v4\.b32", code) and re.search(r"st\.global\S*\.v4\.b32", code)
         assert spilled(compiled, tmp_path) == 0
+
+
+@pytest.mark.parametrize(("dim", "E", "K"), [(4096, 128, 8), (1152, 256, 1), (8192, 96, 32), (5376, 512, 4)])
+def test_norms_and_heads_of_a_prompt_are_read_and_written_16_bytes_at_a_time(recorded, tmp_path, dim, E, K):
+    cuda_heads.rms_norm(meta(1, 2048, dim, dtype=BF16), meta(dim, dtype=BF16), 1e-6, 0.0)
+    angles, norms = [meta(1, 2048, 1, E // 2, dtype=FP32)] * 2, [meta(E, dtype=BF16)] * 2
+    cuda_heads.turn_heads(meta(1, 2048, 6 * K, E, dtype=BF16), *angles, *norms, 1e-6, 0.0, False, 4 * K, K, False)
+    for kernel, card in itertools.product(("normed_rows", "turned_heads"), (75, 80, 90)):
+        compiled = recorded[kernel].compile(card)
+        code = compiled.asm["ptx"]
+        assert re.search(r"ld\.global\S*\.v4\.b32", code) and re.search(r"st\.global\S*\.v4\.b32", code)
+        assert compiled.metadata.shared <= SHARED[card] << 10 and spilled(compiled, tmp_path) == 0, (kernel, card)
 
 
 def in_its_loop(compiled, folder: Path) -> int:

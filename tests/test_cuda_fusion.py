@@ -19,7 +19,7 @@ PARTS = ("rms_of", "bias", "residual", "gain")
 # experts or a norm there is no matrix to add and to multiply.
 FOUND = {"Llama 3.2": (9, 5, 0, 4, 4), "Qwen2.5": (9, 5, 2, 4, 4), "Gemma 3": (13, 7, 0, 0, 0),
          "Qwen3.5": (15, 9, 0, 6, 6), "Qwen3.5-MoE": (24, 18, 0, 3, 3), "Gemma 4 A4B": (19, 10, 0, 0, 0),
-         "gpt-oss": (9, 7, 8, 2, 2), "OLMo 2": (9, 1, 0, 0, 0)}
+         "Gemma 4 E2B": (38, 13, 0, 0, 0), "gpt-oss": (9, 7, 8, 2, 2), "OLMo 2": (9, 1, 0, 0, 0)}
 
 
 def rewritten(model: Transformer) -> tuple[object, list[fx.Node]]:

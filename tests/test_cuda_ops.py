@@ -12,11 +12,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import ROOT
+from heads_cases import before_nan
 
 import ops
+from attention import Attention
 from config import AttentionConfig, Rope
 from layers import RMSNorm
-from model import Attention
 from ops import fused, reference
 
 # B, S, H, K, E, cache slots, window (0: none), positions up to
@@ -158,10 +159,19 @@ def test_the_delta_kernel_equals_the_reference():
     """)
 
 
-def before_nan(t: torch.Tensor) -> torch.Tensor:
-    """A copy with what a read past its end would spread behind it: NaN, or for whole numbers the largest."""
-    behind = torch.full((1 << 14,), float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max).to(t.dtype)
-    return torch.cat([t.flatten(), behind])[:t.numel()].view_as(t)
+def test_norms_and_heads_of_a_prompt_are_the_models():
+    pytest.importorskip("triton")
+    assert_equal_in_the_interpreter(f"""if True:
+        import sys
+        sys.path.insert(0, {str(ROOT / "tests")!r})
+        import torch
+        from heads_cases import check_norm, check_turned
+        from ops.cuda_heads import rms_norm, turn_heads
+        for dtype in (torch.float32, torch.float16):
+            check_norm(rms_norm, dtype)
+            check_turned(turn_heads, dtype)
+        print("equal")
+    """)
 
 
 def matrix(outputs: int, inputs: int, group: int | None, dtype: torch.dtype,

@@ -115,6 +115,8 @@ def test_a_step_is_one_graph_of_few_kernels_that_writes_its_caches_in_place(shap
 FORMS = {  # shape, kinds of layers, weights, how tokens are chosen, rows, drafted tokens
     "drafts": ("Qwen3.5-4B", ("linear", "full"), "int4", Sampling(0.0), 1, 4),
     "a server's drafts": ("Llama-3.2-1B", ("full",), "int8", Varied(), 4, 3),
+    "layers that borrow": ("Gemma-4-E2B", ("sliding", "full", "borrowing sliding", "borrowing full"), "int4",
+                           Sampling(0.0), 1, 3),
     "a server's batch": ("Qwen3-30B-A3B", ("full",) * 2, "int8", Varied(), 8, 0),
     "penalties": ("Gemma-3-4B", ("sliding", "full"), None, Sampling(0.8, 50, 0.9, 0.05, 1.1, logprobs=3), 1, 0)}
 

@@ -18,7 +18,7 @@ from families import config_from_dict
 from generate import load_model
 from loader import load_weights
 from model import Transformer
-from ops import unpack_int4
+from ops.formats import unpack_int4
 from quantize import quantize_, quantize_folder
 from tp import CutTransformer
 
@@ -169,6 +169,10 @@ def with_weights(**more) -> dict:
     (COMPRESSED | {"sparsity_config": {"format": "dense"}}, "sparsity_config"),
     (with_weights(symmetric=False), "symmetric=False"), (with_weights(num_bits=8), "num_bits=8"),
     (with_weights(strategy="channel"), "strategy='channel'"), (with_weights(actorder="group"), "actorder='group'"),
+    ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt='e5m2'"), ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, "ue8m0"),
+    ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo='NVFP4'"),
+    (COMPRESSED | {"format": "float-quantized"}, "num_bits=4"),
+    (COMPRESSED | {"format": "float-quantized", "transform_config": {"x": 1}}, "transform_config"),
     ({"quant_method": "awq", "bits": 4}, "'awq'"), ({"quant_method": ["gptq"]}, "['gptq']")])
 def test_quantizations_that_ours_cannot_say_are_named_before_a_tensor_is_read(said, named, tmp_path):
     save(tmp_path, "Qwen2.5")

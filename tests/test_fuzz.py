@@ -88,6 +88,24 @@ def test_a_size_that_no_model_has_is_refused_before_anything_is_built(key):
         config_from_dict(document | {key: 6 * 10 ** 18})
 
 
+def test_a_layer_type_that_is_no_name_is_refused():
+    document = read_json(DEMO / "config.json")
+    with pytest.raises(UserError, match="layer_types"):
+        config_from_dict(document | {"layer_types": [["full_attention"]] * document["num_hidden_layers"]})
+
+
+@pytest.mark.parametrize("fast", [float("inf"), 1e308, 10 ** 400])
+def test_a_number_that_no_rotation_has_is_refused(fast):
+    yarn = {"rope_type": "yarn", "factor": 8.0, "beta_fast": fast}
+    with pytest.raises(UserError, match="beta_fast"):
+        config_from_dict(read_json(DEMO / "config.json") | {"rope_parameters": yarn})
+    if isinstance(fast, int):
+        llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4}
+        with pytest.raises(UserError, match="original_max"):
+            config_from_dict(read_json(DEMO / "config.json") | {
+                "rope_parameters": llama3 | {"original_max_position_embeddings": fast}})
+
+
 def test_what_came_is_shown_in_part_if_it_is_long_and_what_to_do_stays():
     line = UserError(f"config.json gives x={'A' * 5000}; a number is expected").line
     assert UserError("it holds \x1b[2J and \0").line == r"it holds \x1b[2J and \x00"

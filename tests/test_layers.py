@@ -7,7 +7,7 @@ from conftest import ROOT
 
 RANKS = [["errors"], ["collectives", "config", "device", "pace"], ["ops", "foreign"], ["compiler"], ["aot"],
          ["sampling"], ["speculative"], ["families", "tokenizer", "rounding", "checkpoint"],
-         ["loader", "layers", "packed"], ["linear_attention", "kv_cache"], ["model"], ["tp"],
+         ["loader", "layers", "packed"], ["linear_attention", "kv_cache"], ["attention"], ["model"], ["tp"],
          ["metrics", "calibration", "decoding", "snapshots"], ["chat", "quantize", "batch"], ["drafts", "prompts"],
          ["generate"], ["scripts"]]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

@@ -9,11 +9,12 @@ from tiny_models import FAMILIES, load, reference_model, run
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import generate as g
+import ops
 from aot import AheadOfTime
 from checkpoint import Checkpoint
 from model import Experts
 
-WINDOWED = ["Mistral, sliding", "Gemma 3", "Gemma 4", "gpt-oss"]
+WINDOWED = ["Mistral, sliding", "Gemma 3", "Gemma 4", "Gemma 4 E2B", "gpt-oss"]
 BOUND = dict(rtol=0, atol=1e-4)  # logits reach 5
 LOOSE = dict(rtol=0, atol=1e-3)  # where some positions are ill-conditioned: transformers is as far from its own float64
 
@@ -103,7 +104,7 @@ def test_after_a_reset_the_caches_hold_nothing(family):
     _, model = family
     model.reset()
     held = [b for name, b in model.named_buffers() if name.endswith(("cache.k", "cache.v", "conv", "state"))]
-    assert len(held) == 2 * len(model.layers) and not any(b.any() for b in held)
+    assert len(held) == 2 * len(model.mixers) and not any(b.any() for b in held)
 
 
 def test_bfloat16_is_no_further_from_float32_than_transformers(tmp_path):
@@ -137,10 +138,29 @@ def test_a_window_keeps_no_more_than_itself(tmp_path):
         reference_model(name).save_pretrained(tmp_path / name)
         model = load(tmp_path / name)
         model.setup_caches(1, 512)
-        sizes = [layer.attention.cache.k.shape[2] for layer in model.layers]
-        assert sizes == [16 if kind == "sliding" else 512 for kind in model.config.layer_types]
+        sizes = [mixer.cache.k.shape[2] for mixer in model.mixers]
+        assert sizes == [16 if kind == "sliding" else 512 for kind in model.config.layer_types[:len(sizes)]]
         allocated = sum(b.nbytes for n, b in model.named_buffers() if n.endswith(("cache.k", "cache.v")))
         assert allocated == model.cache_bytes(512)
+
+
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_of_a_prompt_layers_that_borrow_read_the_last_token_alone(by_kernel, tmp_path, monkeypatch):
+    """Unless all hidden states are asked for, which end as those alone do; with masks, and with kernels' positions."""
+    monkeypatch.setattr(ops, "cpu_attends", lambda: by_kernel)
+    reference_model("Gemma 4 E2B").save_pretrained(tmp_path)
+    model, ids, seen = load(tmp_path), torch.randint(128, (1, 45)), []
+    for layer in model.layers:
+        layer.feed_forward.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    for start, end in ((0, 40), (20, 40), (40, 44), (44, 45)):
+        both = []
+        for last in (True, False):
+            run(model, ids[:, :max(start, 1)])
+            seen.clear()
+            with torch.no_grad():
+                both.append(model.hidden(ids[:, start:end], torch.arange(start, end)[None], last=last)[:, -1])
+            assert seen == [end - start] * 3 + [1 if last else end - start] * 3
+        torch.testing.assert_close(*both, rtol=0, atol=1e-4)
 
 
 def test_texts_beyond_the_original_context_turn_by_the_other_factors(tmp_path, monkeypatch):
@@ -265,6 +285,15 @@ def mxfp4(folder, theirs, document, tensors):
             tensors |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
 
 
+def borrowers_have_keys_too(folder, theirs, document, tensors):
+    """Google's files hold what layers that borrow never use."""
+    for name in ("k_proj", "v_proj", "k_norm"):
+        for i in (3, 4, 5):
+            tensors[f"model.layers.{i}.self_attn.{name}.weight"] = torch.randn(
+                tensors[f"model.layers.{i - 3}.self_attn.{name}.weight"].shape)
+            tensors[f"model.layers.{i}.self_attn.{name}.weight_scale"] = torch.ones(())
+
+
 LAYOUTS = [
     ("Llama 3.2", shards), ("Llama 3.2", old_rope_keys), ("Llama 3.2", tied_head_repeated), ("Gemma 3", old_rope_keys),
     ("Mistral", nested("language_model.model.", "Mistral3ForConditionalGeneration")),
@@ -274,7 +303,9 @@ LAYOUTS = [
     ("Qwen3.5-MoE", nested("model.language_model.", "Qwen3_5MoeForConditionalGeneration")),
     ("Qwen3.5-MoE", stacked_experts), ("Qwen3-MoE", stacked_experts), ("Mixtral", shards),
     ("Gemma 4", nested("model.language_model.", "Gemma4ForConditionalGeneration")),
-    ("Gemma 4 A4B", nested("model.language_model.", "Gemma4ForConditionalGeneration")), ("gpt-oss", mxfp4)]
+    ("Gemma 4 A4B", nested("model.language_model.", "Gemma4ForConditionalGeneration")), ("gpt-oss", mxfp4),
+    ("Gemma 4 E2B", nested("model.language_model.", "Gemma4ForConditionalGeneration")),
+    ("Gemma 4 E2B", borrowers_have_keys_too)]
 
 
 @pytest.mark.parametrize("name, change", LAYOUTS, ids=lambda x: getattr(x, "__name__", x))

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from conftest import DEMO
+from tiny_models import reference_model
 
 import device
 import generate as g
@@ -44,6 +45,18 @@ def test_the_next_start_maps_the_same_weights_and_loads_none(mode, folder, monke
     assert model.output.weight is model.tok_embeddings.weight and model.output.packed
     assert tokens(model) == tokens(plain)
     assert model.weight_bytes_per_token() == plain.weight_bytes_per_token()
+
+
+def test_a_table_whose_rows_are_looked_up_alone_is_kept_as_it_is(tmp_path, folder):
+    reference_model("Gemma 4 E2B").save_pretrained(tmp_path / "tiny")
+    for part in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / part, tmp_path / "tiny")
+    plain, first, mapped = (g.load_model(tmp_path / "tiny", "cpu", "bf16", "int4", cache_packed=kept)[0]
+                            for kept in (False, True, True))
+    for p, q, (name, r) in zip(plain.parameters(), first.parameters(), mapped.named_parameters(), strict=True):
+        assert torch.equal(p, q) and torch.equal(p, r) and p.dtype == r.dtype, name
+    assert not mapped.per_layer.table.packed and mapped.per_layer.projection.packed
+    assert tokens(mapped) == tokens(plain)
 
 
 def test_another_dtype_or_mode_has_a_file_of_its_own(folder):

@@ -58,7 +58,7 @@ def test_the_parts_one_after_the_other_are_the_step(model):
 def test_bytes_of_the_parts_are_those_of_a_token(model):
     for depth in (0, 1, 15, 16, 17, random.randint(18, 500)):
         read = sum(part.bytes for part in p.parts(model, depth))
-        assert read == model.weight_bytes_per_token() + model.cache_bytes(depth)
+        assert read == model.weight_bytes_per_token() + model.cache_bytes_read(depth)
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4", "int4-pure"])

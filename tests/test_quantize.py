@@ -25,6 +25,7 @@ from generate import generate, load_model
 from layers import Matrix
 from loader import load_weights, plan
 from model import Transformer
+from ops.formats import pack_int4, unpack_int4
 from tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -60,8 +61,8 @@ def test_int4_is_off_by_a_step_at_most_and_by_half_a_step_but_for_the_far_end(gr
 
 def test_nibbles_go_in_and_come_out():
     q = torch.randint(-8, 8, (3, 5, 64), dtype=torch.int8)
-    assert torch.equal(ops.unpack_int4(ops.pack_int4(q)), q)
-    assert ops.pack_int4(torch.tensor([[-8, 7]])).tolist() == [[0xF0]]  # the even column is the low half
+    assert torch.equal(unpack_int4(pack_int4(q)), q)
+    assert pack_int4(torch.tensor([[-8, 7]])).tolist() == [[0xF0]]  # the even column is the low half
 
 
 def test_rows_of_zeros_stay_zeros():
@@ -93,7 +94,7 @@ def test_blocks_of_the_search_do_not_change_what_it_finds(monkeypatch):
     parts, scales = rounding.to_int4(w, 32)
     same = (scale - scales).abs() <= scale.abs() * 2e-3  # sums in another order: at most the last bit of float16
     assert same.float().mean() > 0.98  # and seldom two tries so near that either may win
-    assert (ops.unpack_int4(parts) == ops.unpack_int4(weight)).float().mean() > 0.97
+    assert (unpack_int4(parts) == unpack_int4(weight)).float().mean() > 0.97
 
 
 def test_calibration_lowers_the_error_of_outputs_and_without_correlation_changes_nothing():
@@ -116,7 +117,7 @@ def test_calibration_finds_the_same_in_blocks_of_columns(monkeypatch):
     monkeypatch.setattr(rounding, "COLUMNS", 20)
     parts = rounding.to_int4_calibrated(w, 32, mix.T @ mix)
     assert torch.equal(whole[1], parts[1])
-    assert (ops.unpack_int4(whole[0]) == ops.unpack_int4(parts[0])).float().mean() > 0.98  # ties fall either way
+    assert (unpack_int4(whole[0]) == unpack_int4(parts[0])).float().mean() > 0.98  # ties fall either way
 
 
 # -- the plain op -----------------------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def test_what_decides_much_and_weighs_little_stays_as_it_is(family):
     for name, module in model.named_modules():
         if isinstance(module, Matrix):
             kept = name.endswith(("router", "shared_gate", "w_ba"))
-            end = name in ("tok_embeddings", "output")
+            end = name in ("tok_embeddings", "output", "per_layer.table")
             assert module.weight.dtype == (torch.float32 if kept else torch.int8 if end else torch.uint8), name
 
 
@@ -226,14 +227,15 @@ def packs() -> None:
 
 
 def rounded_to_8_bits(x: torch.Tensor) -> torch.Tensor:
-    """In blocks of 32, as ops/cpu.cpp does it to what it multiplies."""
+    """In blocks of 32, as ops/cpu.cpp does it to what it multiplies: by the same quotient, so that what lies halfway,
+    as many numbers of int8 rows do, falls the same way."""
     blocks = x.unflatten(-1, (-1, 32))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    return (blocks / scale.clamp_min(1e-30)).round().mul(scale).flatten(-2)
+    largest = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    return (blocks * (torch.tensor(127.0) / largest)).round().mul(largest / 127).flatten(-2)  # 127 / x is 127 * (1 / x)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["Llama 3.2", "Qwen3-MoE", "Qwen3.5-MoE", "gpt-oss"])
+@pytest.mark.parametrize("name", ["Llama 3.2", "Qwen3-MoE", "Qwen3.5-MoE", "Gemma 4 E2B", "gpt-oss"])
 def test_the_packed_layout_differs_by_the_rounding_of_activations_only(packs, name, mode, tmp_path, monkeypatch):
     tiny_models.reference_model(name).save_pretrained(tmp_path)
     model, packed = load(tmp_path, mode), load(tmp_path, mode, pack=True)
@@ -250,7 +252,7 @@ def test_the_packed_layout_differs_by_the_rounding_of_activations_only(packs, na
     # a number on the edge between two may fall either way: seldom, and then it shows, in an expert chosen otherwise as
     # much as all rounding does
     assert off[-1] < 3 * rounding_off[-1]
-    assert all(module.packed == (module.weight.dtype in (torch.int8, torch.uint8))
+    assert all(module.packed == (module.weight.dtype in (torch.int8, torch.uint8) and module.multiplies)
                for module in packed.modules() if isinstance(module, Matrix))
     assert packed.weight_bytes_per_token() < 1.3 * model.weight_bytes_per_token()  # whole tiles of tiny matrices
 
@@ -331,6 +333,25 @@ def test_experts_are_calibrated_each_by_what_it_gets(name, tmp_path):
         call = truth.layers[0].attention.prepare(torch.arange(64).expand(12, -1))
         said = truth.layers[0](truth.embed(tokens), call)
     assert (said - best.x).abs().median() < 1e-5
+
+
+def test_layers_that_borrow_are_calibrated_with_the_keys_and_values_that_they_borrow(tmp_path):
+    """All layers, one after the other, are what the model is with all of them rounded; a window is shorter than a text.
+    """
+    tiny_models.reference_model("Gemma 4 E2B").save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = Transformer(config_from_dict(read_json(tmp_path / "config.json"))).eval()
+    checkpoint, truth, tokens = Checkpoint(tmp_path), load(tmp_path), torch.randint(128, (7, 40))
+    found, groups = plan(model, checkpoint), quantize.groups(model, Quantization("int4"))
+    sizes = {name: group for name, group in groups.items() if group}
+    best = calibration.Calibration(model, checkpoint, found, sizes, tokens, CPU, torch.float32)
+    rounded = {name: numbers for i in range(len(model.layers)) for name, *numbers in best.layer(i)}
+    assert rounded.keys() == {name for name in sizes if name.startswith("layers.")}
+    for name, numbers in rounded.items():
+        truth.get_submodule(name).weight.data = ops.dequantize(*numbers)
+    truth.setup_caches(7, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(best.x, truth.hidden(tokens, torch.arange(40).expand(7, -1)), rtol=0, atol=1e-4)
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ class Chain(nn.Module):
         super().__init__()
         self.table = table
         self.config = SimpleNamespace(vocab_size=V, max_seq_len=64)
-        self.device, self.dtype, self.block = torch.device("cpu"), torch.float32, 0
+        self.device, self.dtype, self.block, self.flash = torch.device("cpu"), torch.float32, 0, False
         self.cache_size, self.text, self.calls = (0, 0, 0), None, []
 
     @property
@@ -43,7 +43,7 @@ class Chain(nn.Module):
         if self.cache_size[0] != batch or self.cache_size[1] < length:
             self.cache_size, self.text = (batch, length, rewind), torch.zeros(batch, length, dtype=torch.int64)
 
-    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def hidden(self, tokens: torch.Tensor, positions: torch.Tensor, last: bool = False) -> torch.Tensor:
         self.calls.append(tokens.shape[1])
         self.text.scatter_(1, positions, tokens)
         return torch.stack([self.text.gather(1, (positions - 1).clamp_min(0)), tokens], -1)

@@ -93,8 +93,9 @@ def tasks(tmp_path_factory) -> dict[str, dict]:
 
     make = tmp_path_factory.mktemp
     linear = dict(linear_num_key_heads=4, linear_num_value_heads=8)
-    found = {name: task(save(make("family"), name, **(linear if name.startswith(("Qwen3.5", "Qwen3-Next")) else {})))
-             for name in FAMILIES}
+    own = {"Gemma 4 E2B": dict(vocab_size_per_layer_input=VOCABULARY)} | dict.fromkeys(
+        ("Qwen3.5", "Qwen3.5-MoE", "Qwen3-Next"), linear)
+    found = {name: task(save(make("family"), name, **own.get(name, {}))) for name in FAMILIES}
     found["Qwen3.5"] |= dict(compile=True)
     plain = save(make("plain"), "Qwen3", **SPECULATIVE)
     draft = save(make("draft"), "Qwen3")

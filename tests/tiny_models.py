@@ -62,6 +62,10 @@ FAMILIES = {
     "Gemma 4 unified": (hf.Gemma4UnifiedTextConfig, GEMMA4),
     "Gemma 4 A4B": (hf.Gemma4TextConfig, dict(GEMMA4, enable_moe_block=True, num_experts=8, top_k_experts=3,
                                               moe_intermediate_size=32)),
+    "Gemma 4 E2B": (hf.Gemma4TextConfig, dict(
+        GEMMA4, attention_k_eq_v=False, hidden_size_per_layer_input=32, vocab_size_per_layer_input=128,
+        num_kv_shared_layers=3, use_double_wide_mlp=True, num_hidden_layers=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2)),
     "gpt-oss": (hf.GptOssConfig, dict(head_dim=32, num_local_experts=8, num_experts_per_tok=3, sliding_window=16,
                                       rope_parameters=dict(YARN, rope_theta=150000.0, truncate=False))),
 }

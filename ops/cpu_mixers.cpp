@@ -1,12 +1,12 @@
-// Gated DeltaNet on a CPU: all of a layer between its matrices, token by token. ops/fused.py declares the operator,
-// ops/reference.py says what it computes, ops/cpu.py compiles this file.
+// What a layer does between its matrices, on a CPU: norms, heads normalised and turned to be ready for attention, and
+// all of Gated DeltaNet. ops/fused.py declares the operators and says what they compute, or for Gated DeltaNet
+// ops/reference.py; ops/cpu.py compiles this file. (It is one file, as PyTorch's headers take a compiler two seconds in
+// each.)
 //
-// A head's state is read from memory once for a token and written once. What the old state says of the key and of the
-// query is looked up together, with o = exp(g) q S + (q k^T) d; then, a block of columns at a time, which is still in
-// the first cache, it fades and takes d in. Arithmetic is float32. A task is a value head of a row of the batch, so a
-// row gives the same bits alone and among others.
+// Arithmetic is float32; norms and heads are rounded where the model's own steps round. A row of a batch gives the same
+// bits alone and among others.
 //
-// Glossary: B batch, S tokens, H value heads, K and V widths of keys and values, C channels of the convolution.
+// Glossary: B batch, S tokens, H heads, E head_dim, K and V widths of keys and values, C channels of the convolution.
 #include <ATen/core/Tensor.h>
 
 #include "cpu_common.h"
@@ -19,11 +19,139 @@
 
 using at::Tensor;
 
+// -- norms and heads --------------------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr int64_t NUMBERS_ALONE = 1 << 15;  // that are not worth another thread
+
+struct Norm {
+  bool there;
+  const float* weight;  // null: all are one
+  float eps, offset;
+};
+
+// n numbers over their root mean square, times the weight if there is one.
+template <typename T> void normalize(const T* x, int64_t n, const Norm& norm, T* y) {
+  Floats sum = {};
+  for (int64_t i = 0; i < n; i += LANES) {
+    const Floats v = load_some(x + i, n - i);
+    sum = multiply_add(v, v, sum);
+  }
+  const float rate = 1 / std::sqrt(sum_lanes(sum) / n + norm.eps);
+  for (int64_t i = 0; i < n; i += LANES) {
+    Floats v = load_some(x + i, n - i) * rate;
+    if (norm.weight) v *= load_some(norm.weight + i, n - i) + norm.offset;
+    store_some(y + i, v, n - i);
+  }
+}
+
+// Turns pairs (i, i + half) of a head.
+template <typename T> void turn(const T* x, const float* cos, const float* sin, int64_t half, T* y) {
+  for (int64_t i = 0; i < half; i += LANES) {
+    const int64_t left = half - i;
+    const Floats a = load_some(x + i, left), b = load_some(x + half + i, left);
+    const Floats c = load_some(cos + i, left), s = load_some(sin + i, left);
+    store_some(y + i, a * c - b * s, left);
+    store_some(y + half + i, b * c + a * s, left);
+  }
+}
+
+template <typename T> struct Heads {
+  const T* qkv;
+  const float *cos, *sin;
+  Norm q_norm, k_norm, v_norm;
+  T* y;
+  int64_t heads, kv_heads, E, half, step, width;  // half: pairs that turn; step: heads from one query to the next
+
+  // n heads of token t, so far apart, of which that many pairs turn -> behind the last.
+  T* put(const T* x, int64_t n, int64_t apart, const Norm& norm, int64_t pairs, int64_t t, T* room, T* to) const {
+    for (; n > 0; n--, x += apart * E, to += E) {
+      T* at = pairs ? room : to;
+      if (norm.there) normalize(x, E, norm, at);
+      else std::memcpy((void*)at, x, E * sizeof(T));
+      if (!pairs) continue;
+      turn(room, cos + t * pairs, sin + t * pairs, pairs, to);
+      std::memcpy((void*)(to + 2 * pairs), room + 2 * pairs, (E - 2 * pairs) * sizeof(T));
+    }
+    return to;
+  }
+
+  void token(int64_t t, T* room) const {
+    const T *q = qkv + t * width * E, *k = q + heads * step * E;
+    const T* v = width > heads * step + kv_heads ? k + kv_heads * E : k;  // or values are what keys were before
+    T* to = put(q, heads, step, q_norm, half, t, room, y + t * (heads + 2 * kv_heads) * E);
+    put(v, kv_heads, 1, v_norm, 0, t, room, put(k, kv_heads, 1, k_norm, half, t, room, to));
+  }
+};
+
+Tensor floats(const std::optional<Tensor>& t) { return t ? t->to(at::kFloat).contiguous() : Tensor(); }
+const float* data(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+
+template <typename F> void for_type(const Tensor& x, const F& f) {
+  if (x.scalar_type() == at::kBFloat16) f((at::BFloat16*)nullptr);
+  else if (x.scalar_type() == at::kHalf) f((at::Half*)nullptr);
+  else TORCH_CHECK(false, "x is ", x.scalar_type(), ", not bfloat16 or float16");
+}
+
+}  // namespace
+
+Tensor LIBRARY::rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset) {
+  const int64_t n = x.size(-1), rows = n ? x.numel() / n : 0;
+  TORCH_CHECK(weight.numel() == n, "weight ", weight.sizes(), " does not fit x ", x.sizes());
+  const Tensor dense = x.contiguous(), factors = floats(weight);
+  const Norm norm{true, data(factors), (float)eps, (float)offset};
+  Tensor y = empty(x.sizes(), x.scalar_type());
+  for_type(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* from = (const T*)dense.data_ptr();
+    T* to = (T*)y.data_ptr();
+    split(rows, std::max<int64_t>(1, NUMBERS_ALONE / n), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) normalize(from + i * n, n, norm, to + i * n);
+    });
+  });
+  return y;
+}
+
+Tensor LIBRARY::turn_heads(const Tensor& qkv, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                           const std::optional<Tensor>& q_norm, const std::optional<Tensor>& k_norm, double eps,
+                           double offset, bool v_norm, int64_t heads, int64_t kv_heads, bool gated) {
+  TORCH_CHECK(qkv.dim() == 4 && heads > 0 && kv_heads > 0, "qkv ", qkv.sizes());
+  const int64_t B = qkv.size(0), S = qkv.size(1), E = qkv.size(3), queries = heads * (1 + gated), tokens = B * S;
+  const int64_t half = cos ? cos->size(-1) : 0;
+  TORCH_CHECK(qkv.size(2) == queries + kv_heads || qkv.size(2) == queries + 2 * kv_heads, "qkv ", qkv.sizes());
+  TORCH_CHECK(cos.has_value() == sin.has_value() && 2 * half <= E, "angles of ", half, " pairs");
+  for (const auto* given : {&cos, &sin}) TORCH_CHECK(!*given || (*given)->numel() == tokens * half, "angles");
+  for (const auto* given : {&q_norm, &k_norm}) TORCH_CHECK(!*given || (*given)->numel() == E, "norms");
+  const Tensor dense = qkv.contiguous(), c = floats(cos), s = floats(sin), qn = floats(q_norm), kn = floats(k_norm);
+  Tensor y = empty({B, S, heads + 2 * kv_heads, E}, qkv.scalar_type());
+  for_type(qkv, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto norm = [&](bool there, const Tensor& weight) {
+      return Norm{there, data(weight), (float)eps, (float)offset};
+    };
+    const Heads<T> call{(const T*)dense.data_ptr(), data(c), data(s), norm(q_norm.has_value(), qn),
+                       norm(k_norm.has_value(), kn), norm(v_norm, Tensor()), (T*)y.data_ptr(), heads, kv_heads, E, half,
+                       1 + gated, qkv.size(2)};
+    split(tokens, std::max<int64_t>(1, NUMBERS_ALONE / (y.size(2) * E)), [&](int64_t begin, int64_t end) {
+      std::vector<T> room(E);
+      for (int64_t t = begin; t < end; t++) call.token(t, room.data());
+    });
+  });
+  return y;
+}
+
+// -- Gated DeltaNet ---------------------------------------------------------------------------------------------------
+
+// A head's state is read from memory once for a token and written once. What the old state says of the key and of the
+// query is looked up together, with o = exp(g) q S + (q k^T) d; then, a block of columns at a time, which is still in
+// the first cache, it fades and takes d in. A task is a value head of a row of the batch.
+
 namespace {
 
 constexpr int TAPS = 4, MOST_TAPS = 16;  // of the convolution: as all models have it, and at most
 constexpr int AT_ONCE = 4;  // registers of a row of the state whose columns are taken together
-constexpr int64_t ALONE = 1 << 16;  // numbers of states that are not worth another thread
+constexpr int64_t STATE_ALONE = 1 << 16;  // numbers of states that are not worth another thread
 
 template <typename T> struct Call {
   const T *qkvz, *ba, *taps;
@@ -41,27 +169,7 @@ template <typename T> struct Call {
   }
 };
 
-// -- numbers ----------------------------------------------------------------------------------------------------------
-
-typedef uint16_t Halves __attribute__((vector_size(WIDTH / 2)));
-
-template <typename T> INLINE Floats load_as_floats(const T* p) {
-  if constexpr (std::is_same_v<T, float>) return load<Floats>(p);
-  else if constexpr (std::is_same_v<T, c10::Half>) return load_halves(p);
-  else return (Floats)(__builtin_convertvector(load<Halves>(p), Ints) << 16);
-}
-
-template <typename T> INLINE Floats load_some(const T* p, int64_t n) {  // zeros behind the n first
-  if (n >= LANES) return load_as_floats(p);
-  T some[LANES] = {};
-  std::memcpy((void*)some, p, n * sizeof(T));
-  return load_as_floats(some);
-}
-
-INLINE void store_some(float* p, Floats v, int64_t n) {
-  if (n >= LANES) std::memcpy(p, &v, sizeof v);
-  else std::memcpy(p, &v, n * sizeof(float));
-}
+// -- Gated DeltaNet: numbers ------------------------------------------------------------------------------------------
 
 template <typename T> INLINE void transpose(const T* from, int64_t n, int64_t taps, float* to) {  // [n, taps]
   for (int64_t j = 0; j < n; j++)
@@ -84,7 +192,7 @@ void to_length(float* x, int64_t n, float length) {
   for (int64_t i = 0; i < n; i += LANES) store_some(x + i, load<Floats>(x + i) * factor, LANES);
 }
 
-// -- a head -----------------------------------------------------------------------------------------------------------
+// -- Gated DeltaNet: a head -------------------------------------------------------------------------------------------
 
 // silu of the short convolution at position p, token t of the call, for n channels from `first` on; zeros behind them.
 template <typename T>
@@ -176,7 +284,8 @@ template <typename T> void step(const Call<T>& c, int64_t b, int64_t h, const To
 
 template <typename T> void run(const Call<T>& c, int64_t batch) {
   const int64_t tasks = batch * c.heads, k = round_up(c.K, LANES), v = round_up(c.V, LANES);
-  split(tasks, std::max<int64_t>(1, tasks * ALONE / (tasks * c.tokens * c.K * c.V)), [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, STATE_ALONE / (c.tokens * c.K * c.V));
+  split(tasks, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> room(2 * k + 2 * v);
     Token x{room.data(), room.data() + k, room.data() + 2 * k, room.data() + 2 * k + v, 0, 0, 0};
     for (int64_t task = begin; task < end; task++) step(c, task / c.heads, task % c.heads, x);
