@@ -1,6 +1,9 @@
 """Random tiny models of every family, made by transformers: what the tests of the families share."""
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 import transformers as hf
 
@@ -8,6 +11,7 @@ from config import read_json
 from families import config_from_dict
 from loader import load_weights
 from model import Transformer
+from ops import fused
 
 YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=64, rope_theta=10000.0)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -122,3 +126,24 @@ def exact_twin(folder: Path, model: Transformer) -> Transformer:
     for p, rounded in zip(twin.parameters(), model.parameters(), strict=True):
         p.data.copy_(rounded)
     return twin
+
+
+def through_the_same_experts(models: Iterable[Transformer], ids: torch.Tensor, *cuts: int) -> list[torch.Tensor]:
+    """What `run` gives of each model, with each token sent where the first model sent it: between experts that are
+    nearly as likely rounding decides, and of a token that went elsewhere the error is any size."""
+    route, sent, found = fused.route, [], []
+
+    def recorded(*of: torch.Tensor | int | bool) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, chosen = route(*of)
+        sent.append(chosen)
+        return weights, chosen
+
+    def repeated(again: Iterator, logits: torch.Tensor, active: int, norm: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = logits.softmax(-1).gather(-1, chosen := next(again))
+        return weights / weights.sum(-1, keepdim=True) if norm else weights, chosen
+
+    with pytest.MonkeyPatch.context() as patch:
+        for model in models:
+            patch.setattr(fused, "route", partial(repeated, iter(sent)) if found else recorded)
+            found.append(run(model, ids, *cuts))
+    return found
