@@ -171,7 +171,11 @@ def draw(weights: Tensor) -> Tensor:
 
     argmax(w / e) with e ~ Exp(1): no sync, no cumulative sum (the exponential form of the Gumbel-max trick).
     """
-    noise = torch.empty_like(weights).exponential_().clamp_min(torch.finfo(torch.float32).tiny)
+    return race(weights, torch.empty_like(weights).exponential_().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def race(weights: Tensor, noise: Tensor) -> Tensor:
+    """The index of the largest of weights / noise [B, N], [B, 1]."""
     return (weights / noise).argmax(-1, keepdim=True)
 
 
@@ -217,7 +221,7 @@ def sample_apart(logits: Tensor, position: Tensor, options: dict, ids: Tensor | 
     greedy = options["temperature"] == 0
     probs, places = distribution(logits, torch.where(greedy, 1.0, options["temperature"]), options["top_k"],
                                  options["top_p"], options["min_p"], ids, options["limit"])
-    token = places.gather(-1, (probs / exponential(options["seed"], position, places)).argmax(-1, keepdim=True))
+    token = places.gather(-1, race(probs, exponential(options["seed"], position, places)))
     likeliest, finite = fused.argmax(logits)
     token = torch.where(greedy, likeliest if ids is None else ids.gather(-1, likeliest), token)
     return torch.where(finite, token, -1)

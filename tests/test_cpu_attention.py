@@ -117,8 +117,9 @@ def test_what_is_not_a_number_stays_so_and_large_scores_do_not_overflow(attend):
     q, (k, v) = torch.randn(1, 2, 3, 16), torch.randn(2, 1, 2, 40, 16)
     positions = torch.tensor([[30]])
     sharp = attend(q * 1e4, k, v, positions, 1.0, 0, None)
-    best = (q @ k[:, :, :31].mT).argmax(-1)  # [1, 2, 3]
-    torch.testing.assert_close(sharp, v.gather(2, best[..., None].expand(-1, -1, -1, 16)))
+    scores, best = (q @ k[:, :, :31].mT).topk(2)  # [1, 2, 3, 2]
+    clear = scores[..., 0] - scores[..., 1] > 0.01  # of hardly any it is not
+    torch.testing.assert_close(sharp[clear], v.gather(2, best[..., :1].expand(-1, -1, -1, 16))[clear])
     sunk = attend(q, k, v, positions, 1.0, 0, torch.full((2, 3), 1e4))
     assert not sunk.any()
     k[0, 1, 7, 3] = float("nan")

@@ -65,8 +65,9 @@ def test_attention_over_the_filled_slots_is_float64s_rounded_once(machine, windo
 def test_large_scores_do_not_overflow_and_what_is_not_a_number_stays_so(machine):
     q, (k, v), positions = torch.randn(1, 2, 3, 32), torch.randn(2, 1, 2, 40, 32), torch.tensor([[30]])
     sharp = call("decode_attention", machine, q * 1e6, k, v, positions, 1.0, 0, None).cpu()
-    best = (q @ k[:, :, :31].mT).argmax(-1)  # [1, 2, 3]
-    torch.testing.assert_close(sharp, v.gather(2, best[..., None].expand(-1, -1, -1, 32)))
+    scores, best = (q @ k[:, :, :31].mT).topk(2)  # [1, 2, 3, 2]
+    clear = scores[..., 0] - scores[..., 1] > 1e-4  # of hardly any it is not
+    torch.testing.assert_close(sharp[clear], v.gather(2, best[..., :1].expand(-1, -1, -1, 32))[clear])
     v[0, 1, 7, 3] = float("nan")
     y = call("decode_attention", machine, q, k, v, positions, 1.0, 0, None).cpu()
     assert y[0, 0].isfinite().all() and y[0, 1, :, 3].isnan().all()

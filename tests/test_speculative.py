@@ -276,16 +276,19 @@ def test_a_text_that_accepts_gets_the_length_that_suits_it():
 
 
 def test_an_accident_is_no_verdict():
-    """A first time a hundred times too long, and one in the middle: what pays is drafted all the same."""
-    pace, slow = Pace((1, 3, 5)), {1, 40}
-    rounds = []
+    """A first time a hundred times too long, and one in the middle: what pays is drafted all the same. Of three texts
+    the middle one: where the draft fails beside the accident, too, only plain steps pay the debt off."""
+    def plain() -> float:
+        slow, rounds = {1, 40}, []
 
-    def cost(k: int) -> float:
-        if k:
-            rounds.append(k)
-        return drafting(k) * (100 if k and len(rounds) in slow else 1)
-    _, chosen = simulate(pace, [0.95], cost, 1500)
-    assert chosen[0] < sum(chosen.values()) / 4
+        def cost(k: int) -> float:
+            if k:
+                rounds.append(k)
+            return drafting(k) * (100 if k and len(rounds) in slow else 1)
+        _, chosen = simulate(Pace((1, 3, 5)), [0.95], cost, 1500)
+        return chosen[0] / sum(chosen.values())
+
+    assert sorted(plain() for _ in range(3))[1] < 1 / 4
 
 
 def test_a_draft_too_slow_for_any_text_is_known_from_the_warm_up_and_never_asked():
