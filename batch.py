@@ -6,8 +6,8 @@
 Weights are read once a step for all rows. Each row has a position of its own, so prompts may have any lengths and
 texts end when they do; nothing is padded. A prompt is read alone, into caches of one row, and then moves into a free
 row of the model's. So no step changes its shape, no row sees another's tokens, and a long prompt is read in chunks
-between the steps of the others. A free row stands at position 0, where it sees nothing and hurts nothing but what it
-held there.
+between the steps of the others, in large ones where there are none. A free row stands at position 0, where it sees
+nothing and hurts nothing but what it held there.
 
 What a prompt has in common with a text that is in a row, or was the last one there, is copied from it and not read
 again: the turns of a chat, one system prompt for all. Where not all layers keep whole texts, it comes from `Snapshots`,
@@ -21,13 +21,14 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import device as machine
-from decoding import PREFILL_CHUNK, Steps, blame, check, chunks, make_room, require_unscored
+from decoding import PREFILL_CHUNK, Steps, blame, check, chunks, make_room, prefill, require_unscored
 from errors import UserError
 from model import Transformer
 from sampling import RowOptions, Sampling, Varied, scored
@@ -309,15 +310,17 @@ class Batch:
     def _pieces(self, text: Text) -> Iterator[slice]:
         """What is to be read of a prompt. Its beginning comes from the row whose text has most of it, or a snapshot."""
         prompt = text.request.prompt
-        if text.request.seed is not None:
+        if text.request.seed is not None:  # which shall say the same whatever else is here
             return chunks(0, len(prompt), self.block)
+        large = self.model.flash and self.steps.prefill is prefill and len(self.free) == len(self.rows)  # no text waits
+        cut = partial(chunks, block=self.block, flash=large)
         common = [held.common(prompt) if held else 0 for held in self.held]
         if not self.whole:
             return self._behind_snapshot(text, common)
         row = max(range(len(common)), key=lambda row: (common[row], row not in self.free))
         start = common[row]
         if start < WORTH:
-            return chunks(0, len(prompt), self.block)
+            return cut(0, len(prompt))
         self._adopt([mixer.cache for mixer in self.model.mixers], prompt[:start], row)
         if self.speculation:
             self.speculation.draft.admit(prompt, row, start)
@@ -325,7 +328,7 @@ class Batch:
         if 2 * start >= len(self.held[row].request.prompt) + len(self.held[row].tokens):
             text.row = row  # else what it holds is worth keeping for others
         first = [slice(0, self.spare)] if row in self.free else []  # steps went on there, at position 0
-        return itertools.chain(first, chunks(start, len(prompt), self.block))
+        return itertools.chain(first, cut(start, len(prompt)))
 
     def _behind_snapshot(self, text: Text, common: list[int]) -> Iterator[slice]:
         """What is to be read behind the longest snapshot, cut where more are to be taken. The prompt has so many tokens

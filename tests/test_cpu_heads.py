@@ -9,10 +9,13 @@ from cpu_builds import VARIANTS, operators
 from heads_cases import check_norm, check_turned
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import batch
 import decoding
 import generate as g
 import ops
+from batch import Batch, Request
 from ops import fused
+from sampling import Varied
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -94,6 +97,31 @@ def test_without_masks_a_prompt_in_pieces_is_what_it_is_with_them(monkeypatch):
     model, _ = g.load_model(DEMO, "cpu", "fp32")
     texts.append([*decoding.generate_rows(model, prompts, 20, g.Sampling(0))])
     assert texts[0] == texts[1] and {*read} >= {(128, 128), (128, 256), (34, 290)}
+
+
+def test_a_batch_reads_a_prompt_in_larger_pieces_where_no_text_waits(monkeypatch):
+    """But not that of a text with a seed, which is the same whatever the others do."""
+    prompts = [torch.randint(4096, (300,)).tolist() for _ in range(3)]
+    seeds = (None, None, 5)
+    requests = [Request(ids, 20, sampling=g.Sampling(0), seed=seed) for ids, seed in zip(prompts, seeds, strict=True)]
+    model, _ = g.load_model(DEMO, "cpu", "fp32")
+    alone = [[*g.generate(model, prompt, 20, g.Sampling(0))] for prompt in prompts]
+    pieces, read = [], Batch._read
+    monkeypatch.setattr(ops, "flashes", lambda *_: True)
+    monkeypatch.setattr(decoding, "FLASH_CHUNK", 128)
+    for module in (decoding, batch):
+        monkeypatch.setattr(module, "PREFILL_CHUNK", 64)
+    monkeypatch.setattr(Batch, "_read", lambda *of: pieces.append(of[3].shape[1]) or read(*of))
+    model, _ = g.load_model(DEMO, "cpu", "fp32")
+    together = Batch(model, 2, 512, Varied())
+    for added, sizes in (((0,), [128, 128, 44]), ((2,), [64] * 4 + [44]), ((1, 0), [128, 128, 44] + [64] * 4 + [44])):
+        together.held = [None, None]  # nothing is copied
+        texts = {together.add(requests[n]): (alone[n], []) for n in added}
+        for event in together.events():
+            texts[event.number][1].append(event.token)
+        assert all(expected == found for expected, found in texts.values())
+        assert pieces == sizes
+        pieces.clear()
 
 
 class Counted(TorchDispatchMode):
