@@ -242,8 +242,8 @@ def test_the_packed_layout_differs_by_the_rounding_of_activations_only(packs, na
     prompts = torch.randint(128, (9, 1, 4))
     got = torch.stack([tiny_models.run(packed, ids, 3) for ids in prompts])
     plain = torch.stack([tiny_models.run(model, ids, 3) for ids in prompts])
-    for op in (ops.linear, ops.expert_linear):
-        monkeypatch.setattr(ops, op.__name__, lambda x, weight, *rest, op=op: op(
+    for op in ("linear", "expert_linear"):
+        monkeypatch.setattr(ops, op, lambda x, weight, *rest, plain=getattr(ops, op): plain(
             x if weight.is_floating_point() else rounded_to_8_bits(x), weight, *rest))
     truth = torch.stack([tiny_models.run(model, ids, 3) for ids in prompts])
     off, rounding_off = (((logits - truth).norm(dim=-1) / truth.norm(dim=-1)).flatten().sort()[0]
