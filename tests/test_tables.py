@@ -28,7 +28,7 @@ def test_each_published_row_says_where_it_comes_from():
 
 
 def test_the_last_measurement_of_the_same_counts_with_its_own_peers():
-    old, new, other = row(), row(commit="def"), row(machine="N")
+    old, new, other = row(decode_tok_s=random.uniform(100, 999)), row(commit="def"), row(machine="N")
     peers = [row(system="llama.cpp", ours_over_this=x) for x in (2.0, 3.0)]
     deep = row(depth=64)
     found = tables.cases([old, peers[0], other, new, peers[1], deep, {"kind": "quality"}])
