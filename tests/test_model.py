@@ -133,6 +133,7 @@ def test_bfloat16_is_no_further_from_float32_than_transformers(name, tmp_path):
 def test_a_batch_row_is_the_row_alone(family):
     _, model = family
     ids = torch.randint(128, (3, 43))
+    model.setup_caches(1, 256)
     alone = torch.cat([run(model, row[None], 40, 41, 42) for row in ids])
     model.setup_caches(3, 256)
     torch.testing.assert_close(run(model, ids, 40, 41, 42), alone, rtol=0, atol=1e-4)
