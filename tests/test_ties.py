@@ -42,3 +42,4 @@ def test_the_last_expert_that_is_chosen_counts_and_none_where_all_are():
     x = torch.tensor([[1.0, 3.0, 2.0, 2.0]])
     assert [ties.near(x, n) for n in (1, 2, 3, 4)] == [False, True, False, False]
     assert not ties.near(torch.tensor([[float("nan"), 1.0], [float("-inf")] * 2]))
+    assert not ties.near(torch.zeros(5000, 3))
