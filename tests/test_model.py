@@ -16,8 +16,9 @@ from checkpoint import Checkpoint
 from model import Experts
 
 WINDOWED = ["Mistral, sliding", "Gemma 3", "Gemma 4", "Gemma 4 E2B", "gpt-oss"]
-SAME_GRAPH = dict.fromkeys(["Llama, linear rope", "Llama, yarn rope", "Mistral"], "Llama 3.2") | {
-    "Gemma 4 unified": "Gemma 4", "Gemma 4, keys apart": "Gemma 4 and Gemma 4 E2B"}
+SAME_GRAPH = dict.fromkeys(["Llama 2", "Llama, linear rope", "Llama, yarn rope", "Mistral"], "Llama 3.2") | {
+    "OLMo 2": "OLMo 3", "Qwen3-Next": "Qwen3.5-MoE", "Gemma 4 unified": "Gemma 4",
+    "Gemma 4, keys apart": "Gemma 4 and Gemma 4 E2B"}
 BOUND = dict(rtol=0, atol=1e-4)  # logits reach 5
 LOOSE = dict(rtol=0, atol=1e-3)  # where some positions are ill-conditioned: transformers is as far from its own float64
 
