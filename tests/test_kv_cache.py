@@ -83,7 +83,7 @@ def test_little_is_lost_and_memory_is_what_was_promised(pair):
 def first_alike(differences: Callable[[], float]) -> bool:
     """Whether a text can be found that is the same both ways. In others a number, which differs in its last bit, is
     rounded up in one and down in the other."""
-    return any(differences() < 1e-4 for _ in range(16))
+    return any(differences() < 1e-4 for _ in range(8))
 
 
 def test_a_text_read_in_pieces_or_token_by_token_is_the_same_text(pair, monkeypatch):

@@ -115,7 +115,7 @@ def test_after_a_reset_the_caches_hold_nothing(family):
 @pytest.mark.parametrize("name", ["Llama 3.2", "Gemma 3", "Qwen3", "Qwen3.5", "Mixtral", "Gemma 4 A4B", "gpt-oss"])
 def test_bfloat16_is_no_further_from_float32_than_transformers(name, tmp_path):
     """By the median prompt: where rounding sends a token to other experts, the error of either is any size. If a model
-    says otherwise, the middle of five does not: in one of a few hundred rounding happens to suit transformers."""
+    says otherwise, the middle of five does not: of some models rounding happens to suit transformers."""
     def ratio() -> float:
         theirs = reference_model(name)
         theirs.save_pretrained(tmp_path)
