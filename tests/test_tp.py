@@ -138,7 +138,7 @@ def together(request, tasks, tmp_path_factory) -> tuple[int, dict[str, list[dict
 
 
 OF_TWO_RANKS = {"mtp",  # two key heads; the rest are cut as others of the four are
-                "Llama 3.2", "Llama, yarn rope", "Mistral", "Mistral, sliding", "SmolLM3", "OLMo 3", "Qwen3", "Mixtral",
+                "Llama 3.2", "Llama, yarn rope", "Mistral", "Mistral, sliding", "SmolLM3", "OLMo 3", "Qwen3",
                 "Qwen3-Next", "Qwen3.5-MoE", "Gemma 4 unified", "Gemma 4, keys apart"}
 NAMES = [*FAMILIES, "drafts", "int8", "int4", "int4-pure", "int8 while loading", "int4 while loading",
          "int4-pure while loading", "experts, int4", "experts, int8 folder", "experts, int4 folder", "mtp"]
