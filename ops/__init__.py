@@ -226,7 +226,7 @@ def _(x: Tensor, packed: Tensor, outputs: int, group: int, chosen: Tensor | None
 
 # -- attention --------------------------------------------------------------------------------------------------------
 
-FEW = 16  # tokens in a call that a device's kernel takes; for more, a matmul over all of them is faster
+FEW = 16  # tokens in a call that a GPU's kernel takes; for more, a matmul over all of them is faster
 
 
 class Attended(NamedTuple):
@@ -260,12 +260,12 @@ def cpu_attends() -> bool:
 
 
 def kernel_reads_positions(positions: Tensor) -> bool:
-    """Whether the kernel for a call at positions [B, S] finds the filled part itself: for a few tokens, on a CPU if it
-    has its kernels. A graph for prompts of all lengths has no choice by length."""
+    """Whether the kernel for a call at positions [B, S] finds the filled part itself: a CPU's if it is there, others'
+    for a few tokens. A graph for prompts of all lengths has no choice by length."""
+    if positions.device.type == "cpu":
+        return cpu_attends()
     few = positions.shape[1] <= FEW
-    if torch.compiler.is_compiling():
-        few = torch.fx.experimental.symbolic_shapes.statically_known_true(few)
-    return few and (positions.device.type != "cpu" or cpu_attends())
+    return torch.fx.experimental.symbolic_shapes.statically_known_true(few) if torch.compiler.is_compiling() else few
 
 
 def flashes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:

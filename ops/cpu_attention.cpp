@@ -6,7 +6,7 @@
 // end at multiples of BLOCK and of L whatever the batch, other queries and threads are. So a row gives the same bits
 // alone and among others, and the same numbers within rounding on every processor.
 //
-// cpu_int8.h has the arithmetic of caches of int8.
+// cpu_int8.h has the arithmetic of caches of int8. Of more than FEW tokens cpu_prompts.cpp takes care.
 //
 // Threads. A task is a kv head of a row of the batch, and CHUNK positions. It leaves sums relative to the largest score
 // that it met (online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867); the last task of a head adds them up.
@@ -16,15 +16,9 @@
 // numbers of a cache; it becomes WIDE registers of float32.
 #include <ATen/core/Tensor.h>
 
-#include "cpu_common.h"
-#include "cpu_floats.h"
-#include "cpu_int8.h"
-#include "cpu_operators.h"
+#include "cpu_softmax.h"
 
 #include <atomic>
-#include <cmath>
-#include <cstring>
-#include <limits>
 #include <optional>
 #include <vector>
 
@@ -32,49 +26,14 @@ using at::Tensor;
 
 namespace {
 
-constexpr int BLOCK = 64;  // positions whose scores are at hand at a time
+constexpr int64_t FEW = 16;  // tokens, as in ops/__init__.py
 constexpr int64_t CHUNK = 4 * BLOCK;  // positions of a task
 constexpr int ROWS_AT_ONCE = 4;
 constexpr int SUMS_AT_ONCE = WIDTH == 64 ? 4 : 2;  // registers of sums of a row; 4 rows of them stay in registers
-constexpr int64_t ALONE = 1 << 16;  // products that are not worth another thread
-constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 // -- a block ----------------------------------------------------------------------------------------------------------
 
-template <typename C> struct Call {  // what all tasks share; strides are in numbers
-  const void* q;  // of T
-  const C *k, *v;
-  const float *k_scale, *v_scale;
-  const int64_t* positions;
-  const float* sinks;
-  void* y;
-  float scale;  // of a score, in powers of two
-  int64_t heads, rows, tokens, slots, E, window;
-  int64_t k_batch, k_head, v_batch, v_head;
-
-  int64_t pieces() const { return (E + PIECE<C> - 1) / PIECE<C>; }
-};
-
-struct Row {  // a query row on its way
-  Floats total;
-  float largest, weight;  // weight: of its sums among those of other tasks
-  int64_t first, last;  // positions that it sees
-};
-
-struct Scales {  // of a block's keys and values, zeros behind them
-  alignas(LINE) float k[BLOCK], v[BLOCK];
-
-  Scales(const float* keys, const float* values, int64_t n) : k{}, v{} {
-    std::memcpy(k, keys, n * sizeof(float)), std::memcpy(v, values, n * sizeof(float));
-  }
-};
-
-template <typename C> constexpr bool ROUNDED = std::is_same_v<C, int8_t>;
 template <typename C> using Query = std::conditional_t<PAIRED<C> || ROUNDED<C>, Bytes, Wide<C>>;
-template <typename T> using Probability = std::conditional_t<PAIRED<T>, uint16_t, float>;
-
-INLINE Floats store_probabilities(Floats x, float* p) { return std::memcpy(p, &x, sizeof x), x; }
-INLINE Floats store_probabilities(Floats x, uint16_t* p) { return store_bfloat16(x, p); }  // what was stored
 
 template <typename C> struct Queries {  // rows [padded][pieces] of a kv head
   Query<C>* piece;
@@ -118,40 +77,6 @@ INLINE void score(const Call<C>& c, const Queries<C>& q, const C* k, int64_t n, 
     total *= c.scale;
     UNROLL for (int r = 0; r < ROWS; r++) std::memcpy(scores + r * BLOCK + j, (float*)&total + r * KEYS, KEYS * 4);
   }
-}
-
-// Scores [ROWS][BLOCK] of n positions from `at` on -> probabilities, relative to each row's largest score so far.
-// `keep`: what sums relative to the one before are to be multiplied by; `scales`, `start`: for int8.
-template <typename C, int ROWS>
-INLINE void soften(Row* rows, int64_t at, int64_t n, const Scales* scales, const Start8* start, float* scores,
-                   Probability<C>* p, float* keep) {
-  const int64_t padded = round_up(n, LANES);
-  if constexpr (ROUNDED<C>)
-    for (int r = 0; r < ROWS; r++)
-      for (int64_t j = 0; j < padded; j++) scores[r * BLOCK + j] *= scales->k[j] * start[r].scale;
-  for (int r = 0; r < ROWS; r++) {
-    const int64_t begin = std::min(rows[r].first - at, padded), end = std::min(rows[r].last + 1 - at, n);
-    for (int64_t j = 0; j < begin; j++) scores[r * BLOCK + j] = NEVER;
-    for (int64_t j = std::max<int64_t>(end, 0); j < padded; j++) scores[r * BLOCK + j] = NEVER;
-  }
-  Floats base[ROWS], total[ROWS];
-  UNROLL for (int r = 0; r < ROWS; r++) base[r] = Floats{} + rows[r].largest;
-  ROLLED for (int64_t j = 0; j < padded; j += LANES)
-    UNROLL for (int r = 0; r < ROWS; r++) base[r] = greater(load<Floats>(scores + r * BLOCK + j), base[r]);
-  UNROLL for (int r = 0; r < ROWS; r++) {
-    Floats largest = reduced(base[r], greater);
-    base[r] = largest == NEVER ? Floats{} : largest;  // a row that sees nothing of this block
-    Floats factor = power_of_two(rows[r].largest - base[r]);
-    rows[r].largest = largest[0], keep[r] = factor[0], total[r] = rows[r].total * factor;
-  }
-  ROLLED for (int64_t j = 0; j < padded; j += LANES)
-    UNROLL for (int r = 0; r < ROWS; r++) {
-      Floats x = power_of_two(load<Floats>(scores + r * BLOCK + j) - base[r]);
-      if constexpr (ROUNDED<C>)
-        total[r] += x, store_probabilities(x * load<Floats>(scales->v + j), p + r * BLOCK + j);
-      else total[r] += store_probabilities(x, p + r * BLOCK + j);
-    }
-  UNROLL for (int r = 0; r < ROWS; r++) rows[r].total = total[r];
 }
 
 // Adds PIECES pieces of n values times their probabilities p [ROWS][BLOCK] to `sums` [ROWS][columns].
@@ -219,20 +144,11 @@ __attribute__((noinline)) void attend_block(const Call<C>& c, const Queries<C>& 
 
 // -- a task -----------------------------------------------------------------------------------------------------------
 
-struct Span {  // of the positions that a row of the batch looks at
-  int64_t first, newest, oldest, task;  // first position read, last one, oldest one held; tasks of the rows before
+struct Share : Span {
+  int64_t task;  // tasks of the rows of the batch before
 
   int64_t chunks() const { return newest / CHUNK - first / CHUNK + 1; }
 };
-
-template <typename C> Span span_of(const Call<C>& c, int64_t b, int64_t task) {
-  const int64_t *p = c.positions + b * c.tokens, newest = *std::max_element(p, p + c.tokens);
-  TORCH_CHECK(newest >= 0, "position ", newest);
-  int64_t oldest = std::max<int64_t>(newest - c.slots + 1, 0);
-  int64_t first = std::max(*std::min_element(p, p + c.tokens) - c.window + 1, oldest);
-  int64_t block = std::max(first / BLOCK * BLOCK, first / c.slots * c.slots);
-  return {first - (first - block) % LANES, newest, oldest, task};  // lanes stand as if all were read
-}
 
 // What a task leaves: rows, padded to whole groups of ROWS_AT_ONCE, and their sums.
 template <typename C> struct Part {
@@ -247,13 +163,10 @@ template <typename C> struct Part {
 };
 
 template <typename C, bool WHOLE>
-void attend_chunk(const Call<C>& c, const Span& span, int64_t b, int64_t head, int64_t chunk,
+void attend_chunk(const Call<C>& c, const Share& span, int64_t b, int64_t head, int64_t chunk,
                   const Queries<C>& q, const Part<C>& part) {
   const int64_t padded = round_up(c.rows, ROWS_AT_ONCE), columns = c.pieces() * PIECE<C>;
-  for (int64_t r = 0; r < padded; r++) {
-    int64_t position = r < c.rows ? c.positions[b * c.tokens + r % c.tokens] : -1;
-    part.rows[r] = {Floats{}, NEVER, 1, std::max(position - c.window + 1, span.oldest), position};
-  }
+  for (int64_t r = 0; r < padded; r++) part.rows[r] = row_of(c, span, b, r);
   std::memset(part.sums, 0, padded * columns * sizeof(float));
   const int64_t start = (span.first / CHUNK + chunk) * CHUNK, end = std::min(start + CHUNK, span.newest + 1);
   for (int64_t at = std::max(start, span.first), n; at < end; at += n) {
@@ -287,7 +200,7 @@ void prepare_queries(const Call<C>& c, int64_t b, int64_t head, const Queries<C>
 
 // Adds up what the tasks of a head have left.
 template <typename T, typename C>
-void finish(const Call<C>& c, const Span& span, int64_t b, int64_t head, uint8_t* memory) {
+void finish(const Call<C>& c, const Share& span, int64_t b, int64_t head, uint8_t* memory) {
   const int64_t first = span.task + head * span.chunks(), last = first + span.chunks();
   for (int64_t r = 0; r < c.rows; r++) {
     const int64_t index = (b * c.heads + head) * c.rows + r;
@@ -317,10 +230,10 @@ void finish(const Call<C>& c, const Span& span, int64_t b, int64_t head, uint8_t
 }
 
 template <typename T, typename C, bool WHOLE> void attend(const Call<C>& c, int64_t batch) {
-  std::vector<Span> spans;
+  std::vector<Share> spans;
   int64_t tasks = 0, read = 0;
   for (int64_t b = 0; b < batch; b++) {
-    spans.push_back(span_of(c, b, tasks));
+    spans.push_back({span_of(c, b), tasks});
     tasks += spans[b].chunks() * c.heads;
     read += (spans[b].newest + 1 - spans[b].first) * c.heads;
   }
@@ -343,21 +256,6 @@ template <typename T, typename C, bool WHOLE> void attend(const Call<C>& c, int6
   });
 }
 
-struct Tensors {  // as they came, q and positions and all that is not a cache dense
-  Tensor q, k, v, positions, sinks, k_scale, v_scale, y;
-};
-const float* floats_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
-
-template <typename T, typename C> void run(const Tensors& t, double scale, int64_t window) {
-  const Tensor &q = t.q, &k = t.k, &v = t.v;
-  Call<C> c{q.data_ptr(), (const C*)k.data_ptr(), (const C*)v.data_ptr(), floats_of(t.k_scale),
-               floats_of(t.v_scale), t.positions.const_data_ptr<int64_t>(), floats_of(t.sinks), t.y.data_ptr(),
-               (float)(scale * M_LOG2E), q.size(1), q.size(2), t.positions.size(1), k.size(2), q.size(3),
-               window ? window : k.size(2), k.stride(0), k.stride(1), v.stride(0), v.stride(1)};
-  TORCH_CHECK(c.E * sizeof(T) % 4 == 0, "head_dim ", c.E, " is odd");
-  (c.E % PIECE<C> == 0 ? attend<T, C, true> : attend<T, C, false>)(c, q.size(0));
-}
-
 }  // namespace
 
 Tensor LIBRARY::decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& positions,
@@ -378,14 +276,15 @@ Tensor LIBRARY::decode_attention(const Tensor& q, const Tensor& k, const Tensor&
   for (const auto* given : {&k_scale, &v_scale})
     TORCH_CHECK(given->has_value() == rounded && (!rounded || ((*given)->scalar_type() == at::kFloat &&
                 (*given)->sizes() == k.sizes().slice(0, 3))), "scales: a float32 for each slot of an int8 cache");
+  TORCH_CHECK(q.size(3) * q.element_size() % 4 == 0, "head_dim ", q.size(3), " is odd");
   auto dense = [](const std::optional<Tensor>& given) { return given ? given->contiguous() : Tensor(); };
-  Tensors t{q.contiguous(), k, v, positions.contiguous(), dense(sinks), dense(k_scale), dense(v_scale),
-            empty(q.sizes(), q.scalar_type())};
+  Attention t{q.contiguous(), k, v, positions.contiguous(), dense(sinks), dense(k_scale), dense(v_scale),
+              empty(q.sizes(), q.scalar_type()), scale, window};
   if (t.y.numel() == 0) return t.y;
-  if (q.scalar_type() == at::kFloat) (rounded ? run<float, int8_t> : run<float, float>)(t, scale, window);
-  else if (q.scalar_type() == at::kBFloat16)
-    (rounded ? run<at::BFloat16, int8_t> : run<at::BFloat16, at::BFloat16>)(t, scale, window);
-  else if (q.scalar_type() == at::kHalf) (rounded ? run<at::Half, int8_t> : run<at::Half, at::Half>)(t, scale, window);
-  else TORCH_CHECK(false, "q is ", q.scalar_type(), ", not float32, bfloat16 or float16");
+  if (t.positions.size(1) > FEW) attend_prompt(t);
+  else with_types(t, [&]<typename T, typename C>() {
+    Call<C> c(t);
+    (c.E % PIECE<C> == 0 ? attend<T, C, true> : attend<T, C, false>)(c, q.size(0));
+  });
   return t.y;
 }

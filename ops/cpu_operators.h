@@ -15,6 +15,14 @@ at::Tensor linear16(const at::Tensor& x, const at::Tensor& weight, const std::op
 at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& positions,
                             double scale, int64_t window, const std::optional<at::Tensor>& sinks,
                             const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& v_scale);
+
+struct Attention {  // a call: queries, positions and all that is not a cache are dense; y is to be written
+  at::Tensor q, k, v, positions, sinks, k_scale, v_scale, y;
+  double scale;
+  int64_t window;
+};
+void attend_prompt(const Attention& call);
+
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, double offset);
 at::Tensor turn_heads(const at::Tensor& qkv, const std::optional<at::Tensor>& cos, const std::optional<at::Tensor>& sin,
                       const std::optional<at::Tensor>& q_norm, const std::optional<at::Tensor>& k_norm, double eps,

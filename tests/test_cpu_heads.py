@@ -86,6 +86,7 @@ def test_a_prompt_is_read_alike_with_and_without_them(dtype, monkeypatch):
 
 def test_without_masks_a_prompt_in_pieces_is_what_it_is_with_them(monkeypatch):
     """As cards with FlashAttention read it: from position 0, behind what has been read, and in rows that end apart."""
+    monkeypatch.setattr(ops, "cpu_attends", lambda: False)
     model, _ = g.load_model(DEMO, "cpu", "fp32")
     prompts = [torch.randint(4096, (n,)).tolist() for n in (300, 290)]
     texts = [[*decoding.generate_rows(model, prompts, 20, g.Sampling(0))]]
@@ -138,8 +139,9 @@ class Counted(TorchDispatchMode):
 
 
 def test_a_layer_reads_a_prompt_in_14_calls(monkeypatch):
-    """Of which 4 are matrices, 2 put keys and values into the caches, 2 add, and 2 activate: what a card runs, too."""
+    """Of which 4 are matrices, 2 put keys and values into the caches, 2 add, and 2 activate: what a card runs."""
     monkeypatch.setattr(ops, "flashes", lambda *_: True)
+    monkeypatch.setattr(ops, "cpu_attends", lambda: False)
     model, _ = g.load_model(DEMO, "cpu", "bf16")
     if not ops.loaded("turn_heads", "cpu"):
         pytest.skip("no C++ compiler")
