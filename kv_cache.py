@@ -93,12 +93,12 @@ class KVCache(nn.Module):
         return buffer
 
     def shift(self, buffer: Tensor, where: ops.Attended, new: Tensor) -> Tensor:
-        """The old window in order and `new` behind it, [B, K, W - 1 + S, ...]; the end of that becomes the buffer's."""
-        seen = torch.cat([buffer[self.rows, :, where.beside], new], 1)  # [B, W - 1 + S, K, ...]
+        """Old slots in order and `new` behind them, [B, K, n, ...]; the end of that becomes the buffer's."""
+        seen = torch.cat([buffer[self.rows, :, where.beside], new], 1)  # [B, n, K, ...]
         slots = torch.arange(self.size, device=buffer.device)
         held = ops.slot_positions(where.positions[:, -1:], slots, self.size)  # [B, L]
         first = where.positions[:, :1] - where.beside.shape[1]
-        buffer.copy_(seen[self.rows, held - first].transpose(1, 2))
+        buffer.copy_(seen[self.rows, (held - first).clamp_min(0)].transpose(1, 2))  # a slot may have nothing to hold
         return seen.transpose(1, 2)
 
     def rewind(self, n: int) -> bool:

@@ -236,7 +236,7 @@ class Attended(NamedTuple):
     mask: Tensor | None = None  # [B, 1, 1, S, span], True where a query may look; None: everywhere
     window: int | None = None  # a query sees itself and window - 1 positions before it
     causal: bool = False  # the queries are the last S of the span: no mask is needed
-    beside: Tensor | None = None  # [B, window - 1] slots to be read beside the new keys; None: the new are in the cache
+    beside: Tensor | None = None  # [B, n] slots to be read before the new keys; None: these are in the cache
 
 
 def slot_positions(newest: Tensor, slots: Tensor, size: int) -> Tensor:
@@ -300,10 +300,16 @@ def attended(positions: Tensor, size: int, window: int | None = None, flash: boo
 
 
 def attended_beside(positions: Tensor, size: int, window: int) -> Attended:
-    """For a prompt whose keys would overwrite what its first queries look at: the old window, then the new keys."""
-    old = positions[:, :1] - torch.arange(window - 1, 0, -1, device=positions.device)  # [B, window - 1]
+    """For a prompt whose keys would overwrite what its first queries look at: the old window, then the new keys. Of
+    the window a CPU's kernel is given what there is, if all rows have as much."""
+    first, kept = positions[:, :1], window - 1
+    if positions.device.type == "cpu" and cpu_attends() and not torch.compiler.is_compiling():
+        least, most = first.clamp_max(kept).aminmax()
+        if least == most:
+            return Attended(positions, window=window, beside=(first - torch.arange(least, 0, -1, device="cpu")) % size)
+    old = first - torch.arange(kept, 0, -1, device=positions.device)  # [B, window - 1]
     mask = visible(torch.cat([old, positions], 1), positions, window)
-    return Attended(positions, window - 1 + positions.shape[1], mask[:, None, None], beside=old % size)
+    return Attended(positions, kept + positions.shape[1], mask[:, None, None], beside=old % size)
 
 
 def widened(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -336,8 +342,10 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, where: Attended, scal
     if sinks is not None:
         sinks = sinks.view(K, G, 1).expand(K, G, S).reshape(K, G * S)
     if where.span is None:
-        y = torch.ops.readonce.decode_attention(q, k_cache, v_cache, where.positions, scale, where.window or 0, sinks,
-                                                k_scale, v_scale)
+        k, v, positions, n = k_cache, v_cache, where.positions, k_cache.shape[2]
+        if where.beside is not None:  # all that there is to look at lies in order
+            k, v, positions = k.contiguous(), v.contiguous(), torch.arange(n - S, n, device=q.device).expand(B, S)
+        y = torch.ops.readonce.decode_attention(q, k, v, positions, scale, where.window or 0, sinks, k_scale, v_scale)
     else:
         mask = where.mask
         if mask is not None:

@@ -9,10 +9,12 @@ from tiny_models import FAMILIES, load, reference_model, run, through_the_same_e
 import device as machine
 import ops
 from batch import Request, generate_batch
+from config import AttentionConfig
 from decoding import compiled_steps, generate
 from drafts import LookupDraft
 from kv_cache import KVCache, hadamard, to_int8
 from model import Transformer
+from ops import cpu, reference
 from sampling import Sampling
 from speculative import Speculation
 
@@ -78,6 +80,30 @@ def test_little_is_lost_and_memory_is_what_was_promised(pair):
             assert held == mixer.cache_bytes(256, *rounded.cache_dtypes)
             E = mixer.config.head_dim
             assert held * 4 * E == mixer.cache_bytes(256, *exact.cache_dtypes) * (E + 4)  # float32: 4 bytes for each
+
+
+@pytest.mark.parametrize("starts", [(0, 0), (5, 5), (40, 40), (5, 40), (40, 90)])
+@pytest.mark.parametrize("S", [5, 50])
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_a_prompt_looks_at_the_window_before_it_and_leaves_the_next(starts, S, by_kernel, monkeypatch):
+    """Rows that begin at one position, or not, with much before them, little, or nothing."""
+    if by_kernel and not cpu.load():
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(ops, "cpu_attends", lambda: by_kernel)
+    cache = KVCache(AttentionConfig(6, 2, 32, None, window=16), 2, 300, 3, torch.float32, torch.float32,
+                    torch.device("cpu"))
+    (k, v), q = torch.randn(2, 2, 200, 2, 32), torch.randn(2, S + 1, 6, 32)
+    first, rows = torch.tensor(starts)[:, None], torch.arange(2)[:, None]
+    for p in range(max(starts)):
+        positions = (first - 1).clamp_max(p)
+        cache.update(cache.attended(positions), k[rows, positions], v[rows, positions])
+    for begin, end in ((0, S), (S, S + 1)):
+        positions = first + torch.arange(begin, end)
+        where = cache.attended(positions)
+        assert (where.beside is not None) is (end == S)
+        seen = cache.update(where, k[rows, positions], v[rows, positions])
+        truth = reference.attention(q[:, begin:end], k.transpose(1, 2), v.transpose(1, 2), positions, None, 16)
+        torch.testing.assert_close(ops.attention(q[:, begin:end], *seen, where), truth, rtol=0, atol=1e-5)
 
 
 def first_alike(differences: Callable[[], float]) -> bool:

@@ -14,6 +14,7 @@ import ops
 from aot import AheadOfTime
 from checkpoint import Checkpoint
 from model import Experts
+from ops import cpu
 
 WINDOWED = ["Mistral, sliding", "Gemma 3", "Gemma 4", "Gemma 4 E2B", "gpt-oss"]
 SAME_PARTS = dict.fromkeys(["Llama 2", "Llama, linear rope", "Llama, yarn rope", "Mistral"], "Llama 3.2") | {
@@ -43,7 +44,11 @@ def logits_of(theirs, ids: torch.Tensor) -> torch.Tensor:
         return theirs(ids).logits
 
 
-def test_logits_are_those_of_transformers(family):
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_logits_are_those_of_transformers(family, by_kernel, monkeypatch):
+    if by_kernel and not cpu.load():
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(ops, "cpu_attends", lambda: by_kernel)
     theirs, model = family
     ids = torch.randint(128, (1, 90))
     truth = logits_of(theirs, ids)
