@@ -280,9 +280,9 @@ def attended(positions: Tensor, size: int, window: int | None = None, flash: boo
     """The attended part of a cache of `size` slots that will hold `positions`, so that cost follows the filled part.
     flash: where a call needs no mask, it shall have none.
 
-    For a prompt the last position is read back, once per chunk. For a token that would stall a GPU and break its graph,
-    and costs a CPU as much as attention itself: there the kernel reads the position. A CPU without its kernels reads it
-    back (a graph keeps it as an unknown size: one graph for all lengths).
+    For a prompt a GPU reads the last position back, once a chunk. For a token that would stall it and break its graph,
+    and costs a CPU as much as attention itself: there the kernel reads the position, a CPU's of prompts too. A CPU
+    without its kernels reads it back (a graph keeps it as an unknown size: one graph for all lengths).
     """
     if kernel_reads_positions(positions):
         return Attended(positions, window=window)

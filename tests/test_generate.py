@@ -46,19 +46,21 @@ def test_the_demo_writes_its_golden_text():
     assert text == (ROOT / "tests" / "golden.txt").read_text()
 
 
-def test_one_graph_serves_every_length_and_gives_the_eager_tokens(folder, monkeypatch):
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_one_graph_serves_every_length_and_gives_the_eager_tokens(dtype, folder, monkeypatch):
     """Prompts of 1..300 tokens, in chunks, through compiled prefill and decode: only the first two compile."""
     monkeypatch.setattr(decoding, "PREFILL_CHUNK", 128)
     torch._dynamo.reset()
     counters.clear()
-    model, _ = g.load_model(folder.write(), "cpu", "fp32")
+    model, _ = g.load_model(folder.write(), "cpu", dtype)
     model.setup_caches(1, 512)
     steps = g.compiled_steps(model.device, compile_prefill=True)
     ids = torch.randint(4096, (300,)).tolist()
 
     def check(prompt: list[int], n: int, sampling: g.Sampling, seed: int) -> None:
         got = list(g.generate(model, prompt, n, sampling, seed=seed, steps=steps))
-        assert got == list(g.generate(model, prompt, n, sampling, seed=seed))
+        if dtype == "fp32":  # bfloat16 rounds differently once operations are fused
+            assert got == list(g.generate(model, prompt, n, sampling, seed=seed))
 
     sampling = g.Sampling(0.9, 20, 0.95)
     for length in (2, 1):
