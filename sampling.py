@@ -197,22 +197,20 @@ def sample(logits: Tensor, temperature: Tensor | None, top_k: int | None = None,
 
 def philox(first: Tensor, second: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Two random numbers of 32 bits for a counter of two and a key, all int64 that broadcast: Philox2x32-10 (Salmon et
-    al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3). Products of halves: one of wholes would overflow, and a C++
-    compiler may take it that none does."""
+    al. 2011, Parallel Random Numbers: As Easy as 1, 2, 3). A product by 0xD256D193 could overflow, and a C++ compiler
+    may take it that none does: by that less 2^32 it has the same lower half, and an upper one that lacks `first`."""
     for _ in range(10):
-        low = first * 0xD193
-        high = first * 0xD256 + (low >> 16)
-        first, second = (high >> 16) ^ key ^ second, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+        product = first * (0xD256D193 - 2**32)
+        first, second = first + (product >> 32) ^ key ^ second, product & 0xFFFFFFFF
         key = (key + 0x9E3779B9) & 0xFFFFFFFF
     return first, second
 
 
 def exponential(seed: Tensor, position: Tensor, ids: Tensor) -> Tensor:
     """Exp(1) for token ids [B, N] of rows with a seed [B, 1] at a position [B, 1], float32: nothing else decides it, so
-    that a text stays the same whatever shares the batch with it."""
-    mask = 0xFFFFFFFF
-    key, low = philox(position, seed >> 32 & mask, seed & mask)
-    bits, _ = philox(ids, low, key)
+    that a text stays the same whatever shares the batch with it. Seeds of 32 bits have a key each."""
+    key = ((seed & 0xFFFFFFFF) + (seed >> 32) * (0x9E3779B9 - 2**32)) & 0xFFFFFFFF
+    bits, _ = philox(ids, position, key)
     return -torch.log1p(-((bits.float() + 0.5) * 2.0**-32).clamp_max(1 - 2.0**-24))  # finest where it is small
 
 
