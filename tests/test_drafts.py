@@ -139,11 +139,12 @@ def test_compiled_speculation_gives_the_eager_text_and_compiles_nothing_anew(fol
 
 def test_compiled_lookup_is_the_eager_one(folder):
     model, _ = g.load_model(folder.write(), "cpu", "fp32")
-    steps, prompt = g.compiled_steps(model.device), [5, 6, 7, 8] * 5
+    compiled, prompt = g.compiled_steps(model.device), [5, 6, 7, 8] * 5
+    steps = g.Steps(verify=compiled.verify, look_up=compiled.look_up)
     got = [list(generate(model, prompt, 30, GREEDY, steps=s, speculation=Speculation(LookupDraft(), "lookup", 3)))
            for s in (steps, g.Steps())]
     assert got[0] == got[1] == list(generate(model, prompt, 30, GREEDY))
-    assert len(steps.look_up.loaded[model]) == 1
+    assert len(steps.verify.loaded[model]) == len(steps.look_up.loaded[model]) == 1
 
 
 # -- multi-token prediction -------------------------------------------------------------------------------------------

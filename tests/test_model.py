@@ -20,7 +20,8 @@ WINDOWED = ["Mistral, sliding", "Gemma 3", "Gemma 4", "Gemma 4 E2B", "gpt-oss"]
 SAME_PARTS = dict.fromkeys(["Llama 2", "Llama, linear rope", "Llama, yarn rope", "Mistral"], "Llama 3.2") | {
     "OLMo 2": "OLMo 3", "Qwen3-Next": "Qwen3.5-MoE", "Gemma 4 unified": "Gemma 4",
     "Gemma 4, keys apart": "Gemma 4 and Gemma 4 E2B", "Qwen3": "Llama 3.2 and Qwen3-MoE",
-    "Mixtral": "Llama 3.2 and Qwen3-MoE"}
+    "Mixtral": "Llama 3.2 and Qwen3-MoE", "Mistral, sliding": "Llama 3.2 and OLMo 3",
+    "Qwen2.5": "Llama 3.2 and gpt-oss", "Qwen3.5": "Llama 3.2 and Qwen3.5-MoE"}
 BOUND = dict(rtol=0, atol=1e-4)  # logits reach 5
 LOOSE = dict(rtol=0, atol=1e-3)  # where some positions are ill-conditioned: transformers is as far from its own float64
 
