@@ -75,8 +75,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
 
 def streams16(x: Tensor, weight: Tensor) -> bool:
     """Whether a device has a kernel of ours for 16-bit weights, or in the CPU's case a better way than F.linear."""
-    known = {"cpu": True, "cuda": loaded("linear16", "cuda"), "mps": not MPS_STREAMS}
-    return weight.itemsize == 2 and known.get(x.device.type, False)
+    device, here = x.device.type, {"cpu": True, "mps": not MPS_STREAMS}
+    return weight.itemsize == 2 and here.get(device, device == "cuda" and loaded("linear16", device))
 
 
 LIBRARY.define("linear16(Tensor x, Tensor weight, Tensor? chosen) -> Tensor")
