@@ -141,7 +141,7 @@ class Batch:
             speculation.open(self.limits)
         self.numbers = itertools.count()
         if seed is not None:
-            torch.manual_seed(seed)
+            machine.set_seed(seed, model.device)
 
     def add(self, request: Request) -> int:
         """Let a request wait for a row; its number, counted from 0. At any time, also between events."""

@@ -303,7 +303,7 @@ def _read(model, prompts, arguments, seed, steps, cached, hear: Callable | None 
     positions = torch.arange(longest, device=model.device).expand(len(prompts), -1)
     for chunk in chunks(cached, shortest, model.block, model.flash and steps.prefill is prefill):
         if seed is not None:  # only the last chunk's draw counts, however many there are
-            torch.manual_seed(seed)
+            machine.set_seed(seed, model.device)
         # copies: a compiled step is specialised on the whole tensor that a view is cut from, and on its strides
         inputs = (t[:, chunk].clone(memory_format=torch.contiguous_format) for t in (ids, positions))
         if hear is None:

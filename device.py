@@ -289,6 +289,15 @@ def read_bandwidth(device: torch.device) -> float:
     return known[key]
 
 
+def set_seed(seed: int, device: torch.device) -> None:
+    """Set the generator that draws on a device by default. torch.manual_seed looks for all devices that there may be,
+    which without a card takes as long as a small model's token."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 # -- reading tokens ---------------------------------------------------------------------------------------------------
 
 def read_ahead(device: torch.device) -> int:
