@@ -46,8 +46,9 @@ def everything() -> list[dict]:
             for system in plot.SYSTEMS
             for weights, s in ((None, 1), ("int8", 2), ("Q4_0, head Q8_0", 3.5))]
     for name, values in (("depth", (0, 1024, 16384)), ("batch", (1, 2, 8)), ("ranks", (1, 2, 4))):
-        rows += [row(**{name: value, "new_tokens": 32, "system": system, "model": model})
-                 for value in values for system in plot.SYSTEMS for model in ("demo", "Llama-3.2-1B")]
+        rows += [row(**{name: value, "new_tokens": 32, "system": system, "model": model, "bytes_per_token": size})
+                 for model, size in (("demo", 1e7), ("Llama-3.2-1B", 2e9)) for value in values
+                 for system in plot.SYSTEMS]
     ways = ("nearest", "nearest, zero points", "scales searched", "GPTQ")
     return rows + [quality(weights=f"int4 g{g}, {way}", bits=4 + 20 / g) for g in (32, 64, 128) for way in ways] + \
         [quality(weights="bf16", bits=16.0), quality(weights="int8 head, the rest bf16", bits=14.57)]
