@@ -39,7 +39,7 @@ def configure(device: torch.device) -> None:
         if torch._inductor.config.cpp.vec_isa_ok is None:
             torch._inductor.config.cpp.vec_isa_ok = True
         # Some versions let a CPU's expressions grow to 50 operations before they are kept, and work the random numbers
-        # of a server's rows out again and again: half as long again to compile.
+        # of a server's rows out again and again: a third longer to compile.
         torch._inductor.config.realize_opcount_threshold = 30
     else:
         torch._inductor.config.assert_indirect_indexing = False  # no checks of tokens and positions, which are checked

@@ -93,8 +93,8 @@ HEADS = [dict(), dict(qk_norm="head", gated=True), dict(qk_norm="head", window=7
 
 def check_attend_heads(attend_heads, dtype: torch.dtype, bound: float, device: str = "cpu",
                        some: int = len(HEADS)) -> None:
-    """`some` of HEADS against the model's own steps, for one token and several, in rows at different positions; at the
-    start of a text, where one program has all there is to read, and later, past a window. NaN was never written."""
+    """`some` of HEADS against the model's own steps, for one token and several, in rows at different positions: at the
+    start of a text, where one program has all there is to read, and past a window. What was never written is NaN."""
     for number, more in enumerate(random.sample(HEADS, some)):
         E, turned, S = random.choice((16, 24, 64)), random.choice((8, 16)), random.choice((1, 1, 2, 4, 16))
         rope = Rope(turned, scale=1.5 if number % 2 else 1.0)
