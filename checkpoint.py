@@ -176,11 +176,11 @@ def is_column(parameter: str, p: torch.Tensor) -> bool:
 
 class Checkpoint:
     """The text model's tensors of a folder, without prefix, with or without those of the multi-token-prediction head.
-    Opens files only while reading them.
+    `tool`: who quantized them. Opens files only while reading them.
     """
 
-    def __init__(self, folder: Path, mtp: bool = False) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, mtp: bool = False, tool: str = "") -> None:
+        self.folder, self.tool = folder, tool
         self.tensors: dict[str, Stored] = {}
         self.aside: dict[str, Stored] = {}  # what another tool says of them
         self.held: tuple[Path, safe_open] | None = None  # the file being read
@@ -208,7 +208,7 @@ class Checkpoint:
         if plain.endswith(foreign.ASIDE):
             self.aside[plain] = Stored(path, name, tuple(part.get_shape()), dtype)
             return
-        plain, shape, layout = foreign.renamed(plain, tuple(part.get_shape()))
+        plain, shape, layout = foreign.renamed(plain, tuple(part.get_shape()), self.tool)
         dtype = "U8" if "bits" in layout and dtype == "I32" else dtype
         if dtype not in STORED and dtype not in QUANTIZED and dtype != foreign.FLOAT8:
             raise UserError(f"{path.name}: {name} has dtype {dtype}; supported: {', '.join(STORED)}, {foreign.FLOAT8}")
@@ -229,6 +229,15 @@ class Checkpoint:
             self.tensors[name] = stored._replace(scale=scale)
         for name in [name for name in self.tensors if name.endswith(foreign.FLOAT8_ASIDE)]:
             del self.tensors[name]
+
+    def shift(self, name: str, zeros: Stored, tool: str) -> None:
+        """Make a tensor of zero points, and the scales beside it, the shifts that they come to."""
+        owner = name.rpartition(".")[0]
+        shape, scale = foreign.shape_of_zeros(zeros.shape, tool), self.tensors.get(f"{owner}.weight_scale")
+        if scale is not None and (zeros.dtype != "I32" or shape != scale.shape):
+            raise UserError(f"{zeros.path}: {zeros.name} has dtype {zeros.dtype} and shape {list(zeros.shape)}, no "
+                            f"zero points of {list(scale.shape)} groups; get the checkpoint again")
+        self.tensors[f"{owner}.weight_shift"] = zeros._replace(shape=shape, dtype="F32", layout="zeros", scale=scale)
 
     def shards(self) -> dict[Path, list[str] | None]:
         """File -> the tensors the index expects in it (None: whatever it holds)."""
@@ -277,6 +286,8 @@ class Checkpoint:
         file = self.file_of(stored, size)
         if not where and not stored.layout:
             found = file.get_tensor(stored.name)  # which may have no dimension to be cut along
+        elif stored.layout == "zeros":
+            return foreign.shifts(file.get_tensor(stored.name), self.scale[1], self.tool)[where]
         else:
             part = file.get_slice(stored.name)
             found = foreign.read(part, stored.layout, *where) if stored.layout else part[where]
@@ -339,8 +350,9 @@ class Checkpoint:
 
     def sources(self, parameter: str, experts: int) -> list[str]:
         """The tensors that make up one of our parameters; those of the table's first line if none are there."""
-        if parameter.endswith(".scale"):
-            return [f"{name}_scale" for name in self.sources(f"{parameter.removesuffix('scale')}weight", experts)]
+        owner, _, leaf = parameter.rpartition(".")
+        if leaf in ("scale", "shift"):
+            return [f"{name}_{leaf}" for name in self.sources(f"{owner}.weight", experts)]
         layer = re.match(r"(layers\.\d+|mtp\.block)\.", parameter)
         prefix = layer[0] if layer else ""
         theirs = "mtp.layers.0." if prefix == "mtp.block." else f"model.{prefix}" if layer else ""

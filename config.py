@@ -83,7 +83,8 @@ class Quantization:
     """
     mode: str  # one of MODES
     group: int = 32
-    tool: str = "readonce"  # whose files hold it: also gptq, gptq_v2, compressed-tensors (foreign.py)
+    tool: str = "readonce"  # whose files hold it: also gptq, gptq_v2, awq, compressed-tensors (foreign.py)
+    shifted: bool = False  # beside the scale of a group of int4 there is a shift
 
     MODES: ClassVar[tuple[str, ...]] = ("int8", "int4", "int4-pure")
     GROUPS: ClassVar[tuple[int, ...]] = (32, 64, 128)

@@ -1,13 +1,17 @@
-"""int4 and int8 of other tools, where they say what ours say: symmetric, with a scale for each group of adjacent
-columns, or in int8 for each row.
+"""int4 and int8 of other tools, where they say what ours say: a scale for each group of adjacent columns, or in int8
+for each row.
 
-    GPTQ (AutoGPTQ, GPTQModel)             qweight int32 [in / 8, out], scales [in / g, out], qzeros, g_idx
-    compressed-tensors (llm-compressor)    weight_packed int32 [out, in / 8], weight_scale [out, in / g], weight_shape
+    GPTQ (AutoGPTQ, GPTQModel)             qweight int32 [in / 8, out], scales [in / g, out], qzeros int32 [in / g,
+                                           out / 8], g_idx
+    AWQ (AutoAWQ)                          qweight int32 [in, out / 8], scales and qzeros as GPTQ
+    compressed-tensors (llm-compressor)    weight_packed int32 [out, in / 8], weight_scale [out, in / g], weight_shape,
+                                           weight_zero_point int32 [out / 8, in / g]
                                            or weight int8 [out, in], weight_scale [out, 1]
 
 Eight numbers lie in an int32, the first in its lowest bits: taken as bytes, that is our format (ops/formats.py),
-turned or not. So nothing is computed, and the numbers are the same; scales become float16. The layouts are those of
-github.com/ModelCloud/GPTQModel and github.com/vllm-project/compressed-tensors.
+turned or not; AWQ's lie across it, in an order of their own. So the numbers are the same; scales become float16. Where
+zero points z are not all 8, (n - z) * scale is our (n - 8) * scale and a shift of (8 - z) * scale. The layouts are
+those of github.com/ModelCloud/GPTQModel, casper-hansen/AutoAWQ and vllm-project/compressed-tensors.
 
 Floats of 8 bits (E4M3 of the OCP 8-bit Floating Point Specification 1.0, 2023) are made wide as they are read, and may
 then be rounded like any others: by DeepSeek's and Qwen's tools, FBGEMM, ModelOpt and llm-compressor. Whoever made them,
@@ -25,8 +29,10 @@ from errors import UserError
 
 LAYOUTS = {"qweight": ("weight", "turned bits"), "scales": ("weight_scale", "turned"),
            "weight_packed": ("weight", "bits")}  # by the end of a name: our end, and how it lies there
-ASIDE = (".qzeros", ".g_idx", ".weight_shape")  # say only what `verify` looks at, or what shapes say
-ZEROS = {"gptq": 0x77, "gptq_v2": 0x88}  # two zero points of 8 in a byte; the first format keeps one less
+ZEROS = (".qzeros", ".weight_zero_point")  # where they are not all 8 they become shifts
+ASIDE = (*ZEROS, ".g_idx", ".weight_shape")  # say else only what `verify` looks at, or what shapes say
+EIGHTS = {"gptq": 0x77}  # two zero points of 8 in a byte, elsewhere 0x88; the first format keeps one less
+ACROSS = [0, 4, 1, 5, 2, 6, 3, 7]  # AWQ: where in an int32 the numbers of eight rows are
 FLOAT8 = "F8_E4M3"
 FLOAT8_TOOLS: dict[str, dict[str, tuple]] = {  # quant_method -> what else must be so
     "fp8": dict(fmt=(None, "e4m3"), scale_fmt=(None, "float"), expert_dtype=(None, "fp8")), "fbgemm_fp8": {},
@@ -45,12 +51,16 @@ def quantization_of(found: dict[str, Any]) -> Quantization | None:
         require(found, tool, **FLOAT8_TOOLS[tool])
         return None
     if tool == "gptq":
-        require(found, tool, bits=(4,), sym=(True,), group_size=Quantization.GROUPS, lm_head=(None, False),
-                checkpoint_format=(None, *ZEROS), dynamic=(None, {}))
-        return Quantization("int4", found["group_size"], found.get("checkpoint_format") or tool)
+        require(found, tool, bits=(4,), sym=(True, False), group_size=Quantization.GROUPS, lm_head=(None, False),
+                checkpoint_format=(None, "gptq", "gptq_v2"), dynamic=(None, {}))
+        return Quantization("int4", found["group_size"], found.get("checkpoint_format") or tool, not found["sym"])
+    if tool == "awq":
+        require(found, tool, bits=(4,), zero_point=(True,), group_size=Quantization.GROUPS,
+                version=(None, "gemm", "GEMM"))
+        return Quantization("int4", found["group_size"], tool, shifted=True)
     if tool != "compressed-tensors":
-        raise UserError(f"config.json has a quantization_config of {tool!r}; supported: readonce, symmetric int4 of "
-                        f"gptq, that, int8 and FP8 of compressed-tensors, and FP8 of {', '.join(FLOAT8_TOOLS)}; "
+        raise UserError(f"config.json has a quantization_config of {tool!r}; supported: readonce, int4 of gptq and "
+                        f"awq, that, int8 and FP8 of compressed-tensors, and FP8 of {', '.join(FLOAT8_TOOLS)}; "
                         f"{INSTEAD}")
     groups = found.get("config_groups")
     group, *more = groups.values() if isinstance(groups, dict) and groups else [None]
@@ -65,13 +75,13 @@ def quantization_of(found: dict[str, Any]) -> Quantization | None:
     int8 = found["format"] == "int-quantized"
     require(found, tool, kv_cache_scheme=(None,))
     require(group, tool, targets=(["Linear"],), format=(None, found["format"]), output_activations=(None,))
-    require(weights, tool, num_bits=(8 if int8 else 4,), type=("int",), symmetric=(True,), dynamic=(None, False),
-            strategy=("channel" if int8 else "group",), actorder=(None, "weight", "static"))
+    require(weights, tool, num_bits=(8 if int8 else 4,), type=("int",), symmetric=(True,) if int8 else (True, False),
+            dynamic=(None, False), strategy=("channel" if int8 else "group",), actorder=(None, "weight", "static"))
     if int8:  # whatever it says of activations: those are rounded, or not, as the device's kernels have it
         return Quantization("int8", tool=tool)
     require(group, tool, input_activations=(None,))
     require(weights, tool, group_size=Quantization.GROUPS)
-    return Quantization("int4", weights["group_size"], tool)
+    return Quantization("int4", weights["group_size"], tool, not weights["symmetric"])
 
 
 def require(found: dict[str, Any], tool: str, **allowed: tuple) -> None:
@@ -85,23 +95,61 @@ def require(found: dict[str, Any], tool: str, **allowed: tuple) -> None:
 
 # -- what the files hold ----------------------------------------------------------------------------------------------
 
-def renamed(name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...], str]:
+def renamed(name: str, shape: tuple[int, ...], tool: str = "") -> tuple[str, tuple[int, ...], str]:
     """A tensor of a file as ours: its name, its shape and how it lies there; "": as we have it."""
     owner, _, end = name.rpartition(".")
     if end not in LAYOUTS or len(shape) != 2:
         return name, shape, ""
     end, layout = LAYOUTS[end]
     rows, columns = shape[::-1] if "turned" in layout else shape
+    if tool == "awq" and end == "weight":
+        return f"{owner}.{end}", (rows * 8, columns // 2), "bits across"
     return f"{owner}.{end}", (rows, columns * 4 if "bits" in layout else columns), layout  # bits: bytes
 
 
 def read(part: Any, layout: str, rows: slice = slice(None), columns: slice | int = slice(None)) -> Tensor:
     """Rows and columns of what a safetensors slice holds, as ours [rows, columns]."""
+    if layout == "bits across":
+        return read_across(part, rows, columns)
     if "bits" in layout and columns != slice(None):
         assert columns.start % 4 == columns.stop % 4 == 0
         columns = slice(columns.start // 4, columns.stop // 4)
     found = part[columns, rows].T if "turned" in layout else part[rows, columns]
     return found.contiguous().view(torch.uint8) if "bits" in layout else found
+
+
+def read_across(part: Any, rows: slice, columns: slice) -> Tensor:
+    """The same of AWQ's int32 [in, out / 8] -> bytes [rows, in / 2]; of the int32s at both ends rows may be left."""
+    inputs, words = part.get_shape()
+    first, last, _ = rows.indices(words * 8)
+    start, stop, _ = columns.indices(inputs // 2)
+    numbers = eight(part[2 * start:2 * stop, first // 8:-(-last // 8)])[..., ACROSS].flatten(-2)  # [in, rows]
+    numbers = numbers[:, first % 8:first % 8 + last - first].T.to(torch.uint8)
+    return numbers[:, 0::2] | numbers[:, 1::2] << 4
+
+
+def eight(words: Tensor) -> Tensor:
+    """The numbers 0 .. 15 in each int32 [...], from its lowest bits on: int32 [..., 8]."""
+    return words[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32) & 15
+
+
+def shape_of_zeros(shape: tuple[int, ...], tool: str) -> tuple[int, ...]:
+    """[out, in / g] of zero points as a tool keeps them."""
+    if len(shape) != 2:
+        return ()
+    return (shape[0] * 8, shape[1]) if tool == "compressed-tensors" else (shape[1] * 8, shape[0])
+
+
+def shifts(zeros: Tensor, scale: Tensor, tool: str) -> Tensor:
+    """A tool's zero points, and scales [out, in / g] -> float32 [out, in / g]."""
+    if tool == "gptq":
+        zeros = zeros + 0x11111111
+    numbers = eight(zeros)
+    if tool == "compressed-tensors":
+        numbers = numbers.transpose(1, 2).flatten(0, 1)
+    else:
+        numbers = (numbers[..., ACROSS] if tool == "awq" else numbers).flatten(1).T
+    return (8 - numbers) * scale.float()
 
 
 def blocks(scale: tuple[int, ...], shape: tuple[int, ...]) -> list[int] | None:
@@ -130,7 +178,8 @@ def widen(numbers: Tensor, scale: Tensor, shape: tuple[int, ...], where: tuple[i
 def verify(name: str, numbers: Tensor, quantization: Quantization) -> None:
     """UserError if a tensor of those `ASIDE` says that the numbers are not what ours would mean."""
     problem, numbers = "", numbers.flatten()
-    if name.endswith(".qzeros") and (numbers.view(torch.uint8) != ZEROS[quantization.tool]).any():
+    eights = EIGHTS.get(quantization.tool, 0x88)
+    if name.endswith(ZEROS) and (numbers.view(torch.uint8) != eights).any():
         problem = "has zero points that are not 8"
     if name.endswith(".g_idx") and (numbers != torch.arange(len(numbers)) // quantization.group).any():
         problem = "has groups of columns that are not adjacent (desc_act)"

@@ -27,16 +27,19 @@ class Matrix(nn.Module):
         self.shape, self.group, self.packed = shape, 0, False
         self.weight = nn.Parameter(torch.empty(shape))
         self.scale: nn.Parameter | None = None
+        self.shift: nn.Parameter | None = None
         self.bias = nn.Parameter(torch.empty(shape[:-1])) if bias else None
 
-    def quantize(self, group: int) -> None:
-        """Make room for a quantized weight, int4 in groups of so many columns or, for 0, int8, where the weight is:
-        on the meta device, until it is loaded."""
+    def quantize(self, group: int, shifted: bool = False) -> None:
+        """Make room for a quantized weight, int4 in groups of so many columns, perhaps shifted, or, for 0, int8, where
+        the weight is: on the meta device, until it is loaded."""
         self.group, (*rows, inputs), where = group, self.shape, self.weight.device
         weight = ((*rows, inputs // 2), torch.uint8) if group else (self.shape, torch.int8)
         scale = ((*rows, inputs // group), torch.float16) if group else (rows, torch.float32)
         self.weight, self.scale = (nn.Parameter(torch.empty(shape, dtype=dtype, device=where), requires_grad=False)
                                    for shape, dtype in (weight, scale))
+        if shifted:
+            self.shift = nn.Parameter(torch.empty(scale[0], device=where))
 
     def round(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [..., inputs] of the weight as rows of a quantized one and of its scale."""
@@ -45,12 +48,14 @@ class Matrix(nn.Module):
     def pack(self) -> None:
         """Lay a quantized weight out as this device reads it best, once it is loaded."""
         if self.scale is not None and self.multiplies:
-            packed = torch.ops.readonce.pack(self.weight, self.scale)
-            self.weight, self.scale, self.packed = nn.Parameter(packed, requires_grad=False), None, True
+            packed = torch.ops.readonce.pack(self.weight, self.scale, self.shift)
+            self.weight, self.packed = nn.Parameter(packed, requires_grad=False), True
+            self.scale = self.shift = None
 
     def share(self, other: "Matrix") -> None:
         """Be another name for the same weight."""
-        self.weight, self.scale, self.group, self.packed = other.weight, other.scale, other.group, other.packed
+        for name in ("weight", "scale", "shift", "group", "packed"):
+            setattr(self, name, getattr(other, name))
 
     def times(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
         """x [..., inputs] -> [..., outputs]; with `chosen` [N], row n of x by that matrix of several."""
@@ -60,14 +65,21 @@ class Matrix(nn.Module):
             y = ops.linear(x, self.weight, self.scale)
         else:
             y = ops.expert_linear(x, self.weight, chosen, self.scale)
+        if self.shift is not None:
+            y = y + self.shifts(x, chosen)
         if self.bias is None:
             return y
         return y + (self.bias.to(y.dtype) if chosen is None else self.bias[chosen])
 
+    def shifts(self, x: Tensor, chosen: Tensor | None) -> Tensor:
+        """What they add to the products of x: each its part of a row's sum."""
+        sums = x.unflatten(-1, (self.shift.shape[-1], self.group)).sum(-1)  # [..., inputs / group]
+        return ops.linear(sums, self.shift) if chosen is None else ops.expert_linear(sums, self.shift, chosen)
+
     def gated(self, x: Tensor, activation: str, chosen: Tensor | None = None) -> Tensor:
         """`times` with half of the outputs as gates of the others, [..., inputs] -> [..., outputs / 2]; `chosen`
         [N * A] are A matrices for each row of x [N, inputs]."""
-        if not self.packed and fused.fuses(x, self.weight, self.scale):
+        if not self.packed and self.shift is None and fused.fuses(x, self.weight, self.scale):
             return torch.ops.readonce.fused_linear(x, self.weight, self.scale, chosen, activation, None, 0.0, self.bias,
                                                    None, None, 0.0)[0]
         x = x if chosen is None else fused.for_each(x, chosen)
@@ -104,7 +116,8 @@ class Embedding(Matrix):
             return torch.ops.readonce.unpack_rows(self.weight, tokens, self.shape[-1], self.group).to(dtype)
         if self.scale is None:
             return F.embedding(tokens, self.weight)
-        return ops.dequantize(F.embedding(tokens, self.weight), self.scale[tokens]).to(dtype)
+        shift = None if self.shift is None else self.shift[tokens]
+        return ops.dequantize(F.embedding(tokens, self.weight), self.scale[tokens], shift).to(dtype)
 
 
 def normalize(x: Tensor, eps: float) -> Tensor:

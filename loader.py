@@ -18,10 +18,11 @@ import device as machine
 from checkpoint import QUANTIZED, Checkpoint, Part, Stored, is_column, matrix
 from config import Quantization
 from errors import UserError
-from foreign import INSTEAD, verify
+from foreign import INSTEAD, ZEROS, verify
 
 ENDS = ("tok_embeddings.scale", "output.scale", "per_layer.table.scale")  # of what other tools leave as it was
 TABLE = "per_layer.table.weight"  # has a row for each token and layer; in files those of a token are one
+PACKED = ("weight", "scale", "shift")  # what becomes one where a device has a layout of its own
 UNUSED = ("k_proj", "v_proj", "k_norm", "v_norm")  # files have them, of layers that borrow
 
 # -- what is read from where ------------------------------------------------------------------------------------------
@@ -71,8 +72,11 @@ def plan(model: nn.Module, checkpoint: Checkpoint, rounded: bool = False) -> dic
 
 def look_at_foreign(checkpoint: Checkpoint, expected: set[str], quantization: Quantization) -> None:
     """Check what another tool says of its numbers; forget biases of zeros, which old GPTQ files have everywhere."""
-    for name in checkpoint.aside:
-        verify(name, checkpoint.whole(name), quantization)
+    for name, stored in checkpoint.aside.items():
+        if quantization.shifted and name.endswith(ZEROS):
+            checkpoint.shift(name, stored, quantization.tool)
+        else:
+            verify(name, checkpoint.whole(name), quantization)
     for name in [name for name in checkpoint.tensors.keys() - expected if name.endswith(".bias")]:
         if not checkpoint.whole(name).any():
             del checkpoint.tensors[name]
@@ -189,9 +193,9 @@ def materialize(model: nn.Module, device: torch.device, dtype: torch.dtype,
             continue
         packs = pack and "scale" in own and module.multiplies
         tensors = {leaf: machine.empty(tuple(p.shape), kept_dtype(leaf, p, dtype), device) for leaf, p in own.items()
-                   if not (packs and leaf in ("weight", "scale"))}
+                   if not (packs and leaf in PACKED)}
         if packs:
-            tensors |= bench.lay(own["weight"], own["scale"])
+            tensors |= bench.lay({leaf: p for leaf, p in own.items() if leaf in PACKED})
         yield name, module, tensors
         for leaf, tensor in tensors.items():
             setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
@@ -206,14 +210,17 @@ class Bench:
     """Memory for one quantized matrix at a time, on its way to a packed layout: fresh pages would cost more than it."""
 
     def __init__(self, model: nn.Module) -> None:
-        sizes = [m.weight.nbytes + m.scale.nbytes for m in model.modules()
+        sizes = [sum(p.nbytes + 64 for p in m.parameters()) for m in model.modules()
                  if getattr(m, "scale", None) is not None and m.multiplies]
-        self.memory = torch.empty(max(sizes, default=0) + 64, dtype=torch.uint8)
+        self.memory = torch.empty(max(sizes, default=0), dtype=torch.uint8)
 
-    def lay(self, weight: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        start = -(-weight.nbytes // 64) * 64
-        return {"weight": self.memory[:weight.nbytes].view(weight.dtype).view(weight.shape),
-                "scale": self.memory[start:start + scale.nbytes].view(scale.dtype).view(scale.shape)}
+    def lay(self, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found, start = {}, 0
+        for leaf, p in own.items():
+            dtype = torch.float16 if leaf == "shift" else p.dtype
+            found[leaf] = self.memory[start:start + p.numel() * dtype.itemsize].view(dtype).view(p.shape)
+            start += -(-found[leaf].nbytes // 64) * 64
+        return found
 
 
 def kept_dtype(leaf: str, p: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -235,7 +242,8 @@ def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: to
     matrices get the device's layout. `whole`: the model, on the meta device, that this one is a rank's share of; only
     that share is read.
     """
-    checkpoint = Checkpoint(folder, model.config.mtp)
+    quantization = model.config.quantization
+    checkpoint = Checkpoint(folder, model.config.mtp, quantization.tool if quantization else "")
     found = plan(whole or model, checkpoint, rounded)
     machine.require_memory(needed_memory(model, dtype), device)
     load_module(model, "", checkpoint, found, device, dtype, pack)
@@ -350,8 +358,8 @@ def random_weights(model: nn.Module, device: torch.device, dtype: torch.dtype, s
             size = getattr(module, "shape", tensor.shape)[-1] ** -0.5  # of a number, so that a row's sum is near 1
             if leaf == "scale":
                 tensor.fill_(unit[tensors["weight"].dtype] * size)
-            elif tensor.dim() == 1:  # norms multiply by one, biases add nothing
-                tensor.fill_(0.0 if "bias" in leaf else 1.0 - getattr(module, "offset", 0.0))
+            elif tensor.dim() == 1 or leaf == "shift":  # norms multiply by one, biases and shifts add nothing
+                tensor.fill_(0.0 if "bias" in leaf or leaf == "shift" else 1.0 - getattr(module, "offset", 0.0))
             else:
                 offset = repeat(pools[tensor.dtype], tensor.view(-1), offset)
                 if tensor.is_floating_point():

@@ -41,10 +41,11 @@ def map_packed(model: nn.Module, path: Path, made_of: str, dtype: torch.dtype) -
         return False
     for name, module in model.named_modules():
         for leaf in [leaf for leaf, p in module.named_parameters(recurse=False) if p is not None]:
-            if leaf == "scale" and module.scale is not None and module.multiplies:
-                module.scale, module.packed = None, True
-            elif (parameter := f"{name}.{leaf}".removeprefix(".")) in found:
+            if (parameter := f"{name}.{leaf}".removeprefix(".")) in found:
                 setattr(module, leaf, nn.Parameter(found[parameter], requires_grad=False))
+            elif leaf in ("scale", "shift"):  # which are part of a packed weight
+                setattr(module, leaf, None)
+                module.packed = True
     model.settle(dtype)
     return True
 

@@ -69,7 +69,7 @@ def quantize_(model: Transformer, quantization: Quantization) -> None:
             fitting = [str(g) for g in Quantization.GROUPS if not matrix.shape[-1] % g]
             raise UserError(f"{name} has {matrix.shape[-1]} columns, which groups of {group} do not divide; take "
                             f"{f'groups of {fitting[-1]}' if fitting else 'int8'}")
-        matrix.quantize(group)
+        matrix.quantize(group, quantization.shifted and group > 0)
     model.settle(model.dtype)
 
 

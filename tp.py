@@ -46,7 +46,7 @@ ROWS: dict[str, Callable[[ModelConfig, Mixer, int], list[tuple[int, int]]]] = {
     r"feed_forward\.experts\.w13\..*": lambda c, m, n: [(c.experts.ffn_dim, n)] * 2,
     r"feed_forward\.shared\.w13\..*": lambda c, m, n: [(c.experts.shared_dim, n)] * 2,
 }
-COLUMNS = r"(attention\.wo|feed_forward\.((shared|dense|experts)\.)?w2)\.(weight|scale)"
+COLUMNS = r"(attention\.wo|feed_forward\.((shared|dense|experts)\.)?w2)\.(weight|scale|shift)"
 ONCE = r"(attention\.wo|feed_forward\.((shared|dense|experts)\.)?w2)\.bias"  # added by rank 0; the sum holds it once
 VOCABULARY = r"(tok_embeddings|output)\..*"
 

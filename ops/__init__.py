@@ -209,7 +209,7 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, chosen: Tensor) -> Tensor:
 # On a CPU a quantized matrix is laid out anew once it is loaded (ops/cpu.cpp says how), if there is a compiler for the
 # code that reads it. `group` is 0 for int8.
 
-LIBRARY.define("pack(Tensor weight, Tensor scale) -> Tensor")
+LIBRARY.define("pack(Tensor weight, Tensor scale, Tensor? shift=None) -> Tensor")
 LIBRARY.define("unpack_rows(Tensor packed, Tensor rows, int inputs, int group) -> Tensor")
 LIBRARY.define("packed_linear(Tensor x, Tensor packed, int outputs, int group, Tensor? chosen) -> Tensor")
 

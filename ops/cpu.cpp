@@ -10,7 +10,8 @@
 // Layout. 16 rows of the matrix make a tile, rows and columns being padded with zeros:
 //   int8  lines of 64 bytes = 16 rows x 4 columns, columns a multiple of 32; then 16 float32 scales end the tile
 //   int4  units of 16 rows x 2 g columns: lines of 64 bytes = 16 rows x 8 columns, of each row the low halves of its 4
-//         bytes first, after a line of 2 x 16 float16 scales. Nibbles are kept + 8, as in the portable format
+//         bytes first, after a line of 2 x 16 float16 scales, and another of shifts if there are such. Nibbles are
+//         kept + 8, as in the portable format
 // A line is what one instruction multiplies (4 adjacent bytes to a 32-bit lane), and a tile is one stream of memory,
 // read strictly forwards: out of order by a few lines it loses a quarter of its speed, as prefetchers lose track.
 //
@@ -43,20 +44,25 @@ namespace {
 constexpr int TILE = 16, BLOCK = 32;
 
 struct Layout {
-  int64_t group, columns, unit, tile;  // columns with padding; bytes of a unit (int8: of a block) and of a tile
+  int64_t group, columns, head, unit, tile;  // columns with padding; bytes of the scales and shifts that a unit begins
+                                             // with, of a unit (int8: of a block) and of a tile
 
-  Layout(int64_t inputs, int64_t group) : group(group) {
+  Layout(int64_t inputs, int64_t group, bool shifted = false) : group(group) {
     TORCH_CHECK(group == 0 || group == 32 || group == 64 || group == 128, "group ", group, " is not 0, 32, 64 or 128");
     TORCH_CHECK(inputs > 0 && (group == 0 || inputs % group == 0), inputs, " columns are no multiple of ", group);
     columns = round_up(inputs, group ? 2 * group : BLOCK);
-    unit = group ? TILE * group + LINE : TILE * BLOCK;
+    head = group ? LINE * (1 + shifted) : 0;
+    unit = group ? TILE * group + head : TILE * BLOCK;
     tile = group ? columns / (2 * group) * unit : TILE * columns + LINE;
   }
-  void check(const Tensor& packed, int64_t dims) const {
+  // Of packed weights, whose size tells if they have shifts.
+  Layout(const Tensor& packed, int64_t dims, int64_t inputs, int64_t group) : Layout(inputs, group) {
     TORCH_CHECK(packed.dim() == dims && packed.is_contiguous(), "packed weights have ", dims, " dense dimensions");
     TORCH_CHECK(packed.scalar_type() == (group ? at::kByte : at::kChar), "packed weights: int8, or uint8 for int4");
+    if (group && packed.size(-1) != tile) *this = Layout(inputs, group, true);
     TORCH_CHECK(packed.size(-1) == tile, "a tile has ", packed.size(-1), " bytes, not ", tile);
   }
+  bool shifted() const { return head > LINE; }
 };
 
 // -- pack, unpack -----------------------------------------------------------------------------------------------------
@@ -79,7 +85,7 @@ Tensor empty_in_huge_pages(at::IntArrayRef shape, at::ScalarType dtype) {
 void pack_row_int4(const uint8_t* w, int64_t inputs, const Layout& l, uint8_t* out) {
   for (int64_t k = 0; k < inputs; k += 8, w += 4) {  // 8 columns: 4 bytes in, 4 bytes out
     int64_t unit = k / (2 * l.group), line = k % (2 * l.group) / 8;
-    uint8_t* to = out + unit * l.unit + (1 + line) * LINE;
+    uint8_t* to = out + unit * l.unit + l.head + line * LINE;
     for (int i = 0; i < 2; i++) {
       to[2 * i] = (w[i] & 15) | (w[i + 2] & 15) << 4;
       to[2 * i + 1] = w[i] >> 4 | (w[i + 2] & 0xf0);
@@ -89,37 +95,44 @@ void pack_row_int4(const uint8_t* w, int64_t inputs, const Layout& l, uint8_t* o
 
 }  // namespace
 
-Tensor LIBRARY::pack(const Tensor& weight, const Tensor& scale) {
+Tensor LIBRARY::pack(const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& shift) {
   bool int4 = weight.scalar_type() == at::kByte;
   TORCH_CHECK(int4 || weight.scalar_type() == at::kChar, "weights are int8, or uint8 for int4");
   TORCH_CHECK(scale.scalar_type() == (int4 ? at::kHalf : at::kFloat), "scales are float32, for int4 float16");
   TORCH_CHECK((weight.dim() == 2 || weight.dim() == 3) && scale.dim() == weight.dim() - !int4 &&
               scale.sizes().slice(0, weight.dim() - 1) == weight.sizes().slice(0, weight.dim() - 1),
               "weight ", weight.sizes(), " and scale ", scale.sizes(), " do not fit");
+  TORCH_CHECK(!shift || (int4 && shift->scalar_type() == at::kHalf && shift->sizes() == scale.sizes()),
+              "shifts are of int4, and like its scales");
   int64_t outputs = weight.size(-2), stored = weight.size(-1), inputs = stored * (int4 ? 2 : 1);
   TORCH_CHECK(inputs > 0 && (!int4 || (scale.size(-1) > 0 && inputs % scale.size(-1) == 0)), "not whole groups");
   int64_t groups = int4 ? scale.size(-1) : 1;
-  Layout l(inputs, int4 ? inputs / groups : 0);
-  Tensor w = weight.contiguous(), s = scale.contiguous();
+  Layout l(inputs, int4 ? inputs / groups : 0, shift.has_value());
+  Tensor w = weight.contiguous(), s = scale.contiguous(), more = shift ? shift->contiguous() : s;
   std::vector<int64_t> shape = weight.sizes().vec();
   int64_t tiles = (outputs + TILE - 1) / TILE, matrices = weight.dim() == 3 ? shape[0] : 1;
   shape[shape.size() - 2] = tiles, shape.back() = l.tile;
   Tensor packed = empty_in_huge_pages(shape, weight.scalar_type());
   auto from = (const uint8_t*)w.data_ptr(), scales = (const uint8_t*)s.data_ptr();
+  auto shifts = (const at::Half*)more.data_ptr();
   split(matrices * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
       int64_t first = t / tiles * outputs + t % tiles * TILE;
       int64_t rows = std::min<int64_t>(TILE, outputs - t % tiles * TILE);
       uint8_t* tile = (uint8_t*)packed.data_ptr() + t * l.tile;
       std::memset(tile, int4 ? 0x88 : OFFSET, l.tile);  // weights of zero
-      for (int64_t n = int4 ? 0 : l.tile - LINE; n < l.tile; n += l.unit) std::memset(tile + n, 0, LINE);
+      for (int64_t n = int4 ? 0 : l.tile - LINE; n < l.tile; n += l.unit)
+        std::memset(tile + n, 0, int4 ? l.head : LINE);
       for (int64_t r = 0; r < rows; r++) {
         const uint8_t* row = from + (first + r) * stored;
         if (int4) {
           auto row_scales = (const at::Half*)scales + (first + r) * groups;
           pack_row_int4(row, inputs, l, tile + r * 4);
-          for (int64_t i = 0; i < groups; i++)
-            ((at::Half*)(tile + i / 2 * l.unit))[i % 2 * TILE + r] = row_scales[i];
+          for (int64_t i = 0; i < groups; i++) {
+            auto head = (at::Half*)(tile + i / 2 * l.unit) + i % 2 * TILE + r;
+            head[0] = row_scales[i];
+            if (shift) head[LINE / sizeof(at::Half)] = shifts[(first + r) * groups + i];
+          }
         } else {
           for (int64_t k = 0; k < inputs; k++) tile[k / 4 * LINE + r * 4 + k % 4] = row[k] + OFFSET;
           ((float*)(tile + l.tile - LINE))[r] = ((const float*)scales)[first + r];
@@ -135,19 +148,19 @@ namespace {
 void unpack_row(const uint8_t* tile, int64_t r, int64_t inputs, const Layout& l, float* y) {
   for (int64_t k = 0; k < inputs; k += 4) {  // 4 columns: one lane, or the low or high halves of one
     const uint8_t* unit = l.group ? tile + k / (2 * l.group) * l.unit : tile;
-    const uint8_t* w = unit + (l.group ? 1 + k % (2 * l.group) / 8 : k / 4) * LINE + r * 4;
-    float scale = l.group ? (float)((const at::Half*)unit)[k / l.group % 2 * TILE + r]
-                          : ((const float*)(tile + l.tile - LINE))[r];
+    const uint8_t* w = unit + l.head + (l.group ? k % (2 * l.group) / 8 : k / 4) * LINE + r * 4;
+    auto head = (const at::Half*)unit + (l.group ? k / l.group % 2 * TILE + r : 0);
+    float scale = l.group ? (float)head[0] : ((const float*)(tile + l.tile - LINE))[r];
+    float shift = l.shifted() ? (float)head[LINE / sizeof(at::Half)] : 0;
     for (int64_t i = 0; i < 4 && k + i < inputs; i++)
-      y[k + i] = (l.group ? (k & 4 ? w[i] >> 4 : w[i] & 15) - 8 : (int8_t)(w[i] - OFFSET)) * scale;
+      y[k + i] = (l.group ? (k & 4 ? w[i] >> 4 : w[i] & 15) - 8 : (int8_t)(w[i] - OFFSET)) * scale + shift;
   }
 }
 
 }  // namespace
 
 Tensor LIBRARY::unpack_rows(const Tensor& packed, const Tensor& rows, int64_t inputs, int64_t group) {
-  Layout l(inputs, group);
-  l.check(packed, 2);
+  Layout l(packed, 2, inputs, group);
   TORCH_CHECK(rows.scalar_type() == at::kLong, "rows are int64");
   Tensor index = rows.contiguous();
   std::vector<int64_t> shape = rows.sizes().vec();
@@ -168,10 +181,11 @@ namespace {
 
 // -- rounding x -------------------------------------------------------------------------------------------------------
 
-struct Rounded {  // [M, columns], [M, columns / 32] twice
+struct Rounded {  // [M, columns], [M, columns / 32] twice, [M, columns / g]
   int8_t* q;
   float* scale;
   int32_t* zero;  // what the offset of the weights has added to a block's sum, negative
+  float* sum;  // of a group, for shifts; null if there are none
 };
 
 template <typename T>
@@ -266,7 +280,7 @@ void multiply(const uint8_t* w, int64_t stride, const int64_t* ahead, const Layo
         add_block<8, TOGETHER, ROWS>(at, stride, ahead + t, scale, q, x_scale, zero, block, acc + t);
       } else {
         UNROLL for (int i = 0; i < TOGETHER; i++) __builtin_prefetch(at + i * stride + ahead[t + i], 0, 2);
-        at += LINE;
+        at += l.head;
         ROLLED for (int half = 0; half < 2; half++) {
           UNROLL for (int i = 0; i < TOGETHER; i++)
             for (int p = 0; p < PARTS; p++)
@@ -289,6 +303,21 @@ using Kernel = void (*)(const uint8_t*, int64_t, const int64_t*, const Layout&, 
 
 template <int BITS, int TILES, int... I> constexpr auto kernels(std::integer_sequence<int, I...>) {
   return std::array<Kernel, sizeof...(I)>{multiply<BITS, TILES, I + 1>...};  // by number of rows
+}
+
+// What the shifts of a tile add to sums [rows][16]: a group's, times the sum of x there. Another pass, over lines that
+// the cache still has: within `multiply`, registers would not do for both.
+void add_shifts(const uint8_t* tile, const Layout& l, const Rounded& x, int64_t row, int64_t rows, float* sums) {
+  const int64_t groups = l.columns / l.group;
+  for (int64_t m = row; m < row + rows; m++)
+    for (int p = 0; p < PARTS; p++, sums += LANES) {
+      Floats acc = load<Floats>(sums);
+      for (int64_t i = 0; i < groups; i++) {
+        const uint8_t* shift = tile + i / 2 * l.unit + LINE + (i % 2 * TILE + p * LANES) * 2;
+        acc = multiply_add(load_halves(shift), Floats{} + x.sum[m * groups + i], acc);
+      }
+      std::memcpy(sums, &acc, WIDTH);
+    }
 }
 
 // -- linear -----------------------------------------------------------------------------------------------------------
@@ -318,6 +347,8 @@ template <int BITS, int TILES> void multiply_tiles(const Product& p, const Rows&
       for (int t = 0; t < TILES; t++)  // each of several passes fetches its share of the next tiles
         ahead[t] = passes == 1 ? AHEAD / TILES : t * passes / TILES == pass ? tile : 0;
       KERNELS[n - 1](rows.weight + i * tile, count * tile, ahead, p.layout, p.x, m, sums);
+      for (int t = 0; t < TILES && p.x.sum; t++)
+        add_shifts(rows.weight + (i + t * count) * tile, p.layout, p.x, m, n, sums + t * n * TILE);
       for (int64_t j = 0; j < TILES * n; j++) {
         int64_t output = (i + j / n * count) * TILE;
         p.store(p.y, p.order[m + j % n] * p.outputs + output, sums + j * TILE,
@@ -340,11 +371,18 @@ template <int BITS> void multiply_range(const Product& p, const Rows& rows, int6
 
 template <typename T> void prepare(Product& p, const Tensor& x, int64_t inputs) {
   p.store = store<T>;
-  const int64_t columns = p.layout.columns, blocks = columns / BLOCK;
+  const int64_t columns = p.layout.columns, blocks = columns / BLOCK, group = p.layout.group;
   split(p.order.size(), std::max<int64_t>(1, 32768 / columns), [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; m++)
-      round_row((const T*)x.data_ptr() + p.order[m] * inputs, inputs, columns, p.layout.group ? 8 : OFFSET,
-                p.x.q + m * columns, p.x.scale + m * blocks, p.x.zero + m * blocks);
+    for (int64_t m = begin; m < end; m++) {
+      float* scale = p.x.scale + m * blocks;
+      int32_t* zero = p.x.zero + m * blocks;
+      round_row((const T*)x.data_ptr() + p.order[m] * inputs, inputs, columns, group ? 8 : OFFSET, p.x.q + m * columns,
+                scale, zero);
+      for (int64_t i = 0; i < blocks && p.x.sum; i++) {
+        float& sum = p.x.sum[(m * columns + i * BLOCK) / group];
+        sum = (i * BLOCK % group ? sum : 0) - zero[i] / 8.0f * scale[i];
+      }
+    }
   });
 }
 
@@ -355,8 +393,8 @@ Tensor LIBRARY::packed_linear(const Tensor& x_, const Tensor& packed, int64_t ou
   TORCH_CHECK(x_.dim() > 0, "x has no columns");
   Tensor x = x_.contiguous();
   int64_t inputs = x.size(-1);
-  Product p{Layout(inputs, group), {}, outputs, std::vector<int64_t>(x.numel() / inputs), nullptr, nullptr};
-  p.layout.check(packed, chosen ? 3 : 2);
+  Product p{Layout(packed, chosen ? 3 : 2, inputs, group), {}, outputs, std::vector<int64_t>(x.numel() / inputs),
+            nullptr, nullptr};
   int64_t tiles = packed.size(-2), M = x.numel() / inputs, blocks = p.layout.columns / BLOCK;
   TORCH_CHECK(outputs > 0 && tiles == (outputs + TILE - 1) / TILE, tiles, " tiles are not ", outputs, " rows");
   std::vector<int64_t> shape = x.sizes().vec();
@@ -367,11 +405,12 @@ Tensor LIBRARY::packed_linear(const Tensor& x_, const Tensor& packed, int64_t ou
   p.y = y.data_ptr();
   alignas(LINE) int8_t few[16384];  // where they are enough an allocation is saved
   Tensor many;
-  int64_t bytes = M * (p.layout.columns + 8 * blocks);
+  int64_t groups_of_x = p.layout.shifted() ? p.layout.columns / group : 0;
+  int64_t bytes = M * (p.layout.columns + 8 * blocks + 4 * groups_of_x);
   if (bytes > (int64_t)sizeof few) many = empty({bytes}, at::kByte);
   int8_t* q = many.defined() ? (int8_t*)many.data_ptr() : few;
   auto scale = (float*)(q + M * p.layout.columns);
-  p.x = {q, scale, (int32_t*)(scale + M * blocks)};
+  p.x = {q, scale, (int32_t*)(scale + M * blocks), groups_of_x ? scale + 2 * M * blocks : nullptr};
   if (x.scalar_type() == at::kFloat) prepare<float>(p, x, inputs);
   else if (x.scalar_type() == at::kBFloat16) prepare<at::BFloat16>(p, x, inputs);
   else if (x.scalar_type() == at::kHalf) prepare<at::Half>(p, x, inputs);

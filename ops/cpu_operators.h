@@ -7,7 +7,7 @@
 
 namespace LIBRARY {
 
-at::Tensor pack(const at::Tensor& weight, const at::Tensor& scale);
+at::Tensor pack(const at::Tensor& weight, const at::Tensor& scale, const std::optional<at::Tensor>& shift);
 at::Tensor unpack_rows(const at::Tensor& packed, const at::Tensor& rows, int64_t inputs, int64_t group);
 at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, int64_t outputs, int64_t group,
                          const std::optional<at::Tensor>& chosen);

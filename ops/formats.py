@@ -3,7 +3,8 @@ lay them out anew.
 
   int8  weight int8 [..., out, in], scale float32 [..., out]:              w = weight * scale
   int4  weight uint8 [..., out, in / 2], scale float16 [..., out, in / g]: w = (nibble - 8) * scale, a scale for
-        g = 32, 64 or 128 columns; of a byte, the low half is the even column, the high half the odd one
+        g = 32, 64 or 128 columns; of a byte, the low half is the even column, the high half the odd one. What other
+        tools made may have a shift beside it, in the dtype of activations [..., out, in / g], to be added to that
 """
 import torch
 from torch import Tensor
@@ -20,9 +21,10 @@ def unpack_int4(weight: Tensor) -> Tensor:
     return torch.stack([weight & 15, weight >> 4], -1).flatten(-2).to(torch.int8) - 8
 
 
-def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
+def dequantize(weight: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
     """Either format -> float32 [..., out, in]."""
     if weight.dtype == torch.int8:
         return weight * scale[..., None]
     groups = unpack_int4(weight).unflatten(-1, (scale.shape[-1], -1))
-    return (groups * scale.float()[..., None]).flatten(-2)
+    wide = groups * scale.float()[..., None]
+    return (wide if shift is None else wide + shift.float()[..., None]).flatten(-2)

@@ -140,6 +140,9 @@ def matrix(name: str, source: Matrix, rows: Tensor | slice = slice(None)) -> Ent
     count = len(range(source.shape[0])[rows]) if isinstance(rows, slice) else len(rows)
     if source.scale is None:
         return Entry(name, (count, source.shape[1]), PLAIN[source.weight.dtype], lambda: source.weight[rows])
+    if source.shift is not None:
+        raise UserError(f"{name} has zero points other than 8, which Q4_0 does not know; export the checkpoint before "
+                        f"quantization")
     if source.shape[1] % BLOCK:
         raise UserError(f"{name} has {source.shape[1]} columns, which blocks of {BLOCK} do not divide; export it "
                         f"without --quantize")

@@ -95,6 +95,27 @@ def test_unpacked_rows_are_the_dequantized_ones(kernels, group):
             kernels.unpack_rows(packed, torch.tensor([0, wrong]), inputs, group)
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_shifts_are_added_to_all_numbers_of_a_group(kernels, group):
+    weight, scale, outputs, inputs = random_matrix(group, 3)
+    shift = (torch.randn(scale.shape) * 4 * scale).half()
+    packed, wide = kernels.pack(weight, scale, shift), ops.dequantize(weight, scale, shift)
+    rows = torch.randint(outputs, (5,))
+    assert torch.equal(kernels.unpack_rows(packed[1], rows, inputs, group), wide[1, rows])
+    for count in (1, 3, 8, 19):
+        x, chosen = torch.randn(count, inputs) + torch.randn(count, 1), torch.randint(3, (count,))
+        y = kernels.packed_linear(x, packed[1], outputs, group, None)
+        truth = rounded(x) @ wide[1].double().T
+        torch.testing.assert_close(y.double(), truth, rtol=0, atol=1e-6 * inputs ** 0.5 * truth.abs().max().item())
+        alone = [kernels.packed_linear(row[None], packed[1], outputs, group, None) for row in x]
+        assert torch.equal(y, torch.cat(alone))
+        each = [kernels.packed_linear(x[n], packed[e], outputs, group, None) for n, e in enumerate(chosen)]
+        assert torch.equal(kernels.packed_linear(x, packed, outputs, group, chosen), torch.stack(each))
+    plain = kernels.pack(weight, scale)
+    assert torch.equal(kernels.packed_linear(x, kernels.pack(weight, scale, 0 * shift), outputs, group, chosen),
+                       kernels.packed_linear(x, plain, outputs, group, chosen))
+
+
 def test_extreme_weights_and_inputs_do_not_saturate(kernels):
     weight = torch.full((16, 320), -128, dtype=torch.int8)
     for x in (torch.ones(1, 320), -torch.ones(3, 320)):
@@ -118,12 +139,17 @@ def test_tensors_that_do_not_fit_are_errors(kernels):
     weight, scale, outputs, inputs = random_matrix(32)
     packed = kernels.pack(weight, scale)
     x = torch.randn(1, inputs)
-    for wrong in ((x[:, 1:], packed, outputs, 32), (x, packed, outputs + 16, 32), (x, packed, outputs, 64),
+    for wrong in ((x[:, 1:], packed, outputs, 32), (x, packed, outputs + 16, 32), (x, packed, outputs, 128),
                   (x, packed, outputs, 0), (x.double(), packed, outputs, 32), (x, packed[None], outputs, 32)):
         with pytest.raises(RuntimeError):
             kernels.packed_linear(*wrong, None)
     with pytest.raises(RuntimeError):
         kernels.pack(weight, scale.float())
+    for wrong in (scale.float(), scale[:, :0], scale[1:]):
+        with pytest.raises(RuntimeError):
+            kernels.pack(weight, scale, wrong)
+    with pytest.raises(RuntimeError):
+        kernels.pack(weight.view(torch.int8), torch.ones(outputs), torch.ones(outputs).half())
 
 
 def random_16(dtype: torch.dtype, rows: int, *leading: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,12 +57,12 @@ def options_of(sampling: Sampling | Varied, config: ModelConfig, rows: int, draf
             [5] * rows, fake_cuda.DEVICE)
 
 
-def compile_step(shape: str, kinds: tuple[str, ...], mode: str | None, sampling: Sampling | Varied = Sampling(0.0),
-                 rows: int = 1, drafted: int = 0) -> fake_cuda.Compiled:
+def compile_step(shape: str, kinds: tuple[str, ...], mode: str | Quantization | None,
+                 sampling: Sampling | Varied = Sampling(0.0), rows: int = 1, drafted: int = 0) -> fake_cuda.Compiled:
     """A step of one token in each row for a bfloat16 model of such layers, as generate.py compiles it; or one that
     checks so many drafted tokens."""
-    config = dataclasses.replace(config_of_shape(shape), layer_types=kinds,
-                                 quantization=Quantization(mode) if mode else None)
+    quantization = Quantization(mode) if isinstance(mode, str) else mode
+    config = dataclasses.replace(config_of_shape(shape), layer_types=kinds, quantization=quantization)
 
     def build() -> tuple[nn.Module, list[Tensor], dict]:
         remembers = isinstance(sampling, Varied) or sampling.remembers
@@ -114,6 +114,7 @@ def test_a_step_is_one_graph_of_few_kernels_that_writes_its_caches_in_place(shap
 
 FORMS = {  # shape, kinds of layers, weights, how tokens are chosen, rows, drafted tokens
     "drafts": ("Qwen3.5-4B", ("linear", "full"), "int4", Sampling(0.0), 1, 4),
+    "zero points": ("Llama-3.1-8B", ("full",) * 2, Quantization("int4", 128, "awq", shifted=True), Sampling(0.0), 1, 0),
     "a server's drafts": ("Llama-3.2-1B", ("full",), "int8", Varied(), 4, 3),
     "layers that borrow": ("Gemma-4-E2B", ("sliding", "full", "borrowing sliding", "borrowing full"), "int4",
                            Sampling(0.0), 1, 3),

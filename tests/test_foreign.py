@@ -4,21 +4,24 @@ Their layouts are written here from what they are said to be, a number at a time
 """
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_tp import SPECULATIVE, save
+from tiny_models import run
 from torch import Tensor
 
 from config import Quantization, read_json
 from errors import UserError
 from families import config_from_dict
 from generate import load_model
+from layers import Matrix
 from loader import load_weights
 from model import Transformer
-from ops.formats import unpack_int4
+from ops.formats import dequantize, unpack_int4
 from quantize import quantize_, quantize_folder
 from tp import CutTransformer
 
@@ -33,6 +36,7 @@ CONFIGS["gptq_v2"] = CONFIGS["gptq"] | {"checkpoint_format": "gptq_v2"}
 CONFIGS["int8"] = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": {
     "targets": ["Linear"], "input_activations": {"num_bits": 8, "dynamic": True, "strategy": "token"}, "weights": {
         "num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None}}}}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
 FAMILIES = {"Qwen2.5": {}, "Qwen3-MoE": {"moe_intermediate_size": 128},
             "Qwen3.5": {"linear_num_key_heads": 4, "linear_num_value_heads": 8}}
 
@@ -43,34 +47,59 @@ def words(q: Tensor) -> Tensor:
     return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
 
 
-def as_theirs(tool: str, name: str, q: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    """One matrix: q 0 .. 15 [out, in], scale [out, n]."""
+def mixed(q: Tensor) -> Tensor:
+    """The same [rows, out] -> [rows, out / 8] in the order of AWQ."""
+    return words(q.unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1))
+
+
+def as_theirs(tool: str, name: str, q: Tensor, scale: Tensor, zeros: Tensor | None = None) -> dict[str, Tensor]:
+    """One matrix: q 0 .. 15 [out, in], scale [out, n], zero points [out, n] if they are not all 8."""
     owner = name.removesuffix(".weight")
     if tool == "compressed-tensors":
-        return {f"{owner}.weight_packed": words(q), f"{owner}.weight_scale": scale,
-                f"{owner}.weight_shape": torch.tensor(q.shape)}
-    zeros = torch.full_like(scale, 8 if tool == "gptq_v2" else 7)
+        found = {} if zeros is None else {f"{owner}.weight_zero_point": words(zeros.T).T}
+        return found | {f"{owner}.weight_packed": words(q), f"{owner}.weight_scale": scale,
+                        f"{owner}.weight_shape": torch.tensor(q.shape)}
+    if tool == "awq":
+        return {f"{owner}.qweight": mixed(q.T), f"{owner}.scales": scale.T, f"{owner}.qzeros": mixed(zeros.T)}
+    zeros = (torch.full_like(scale, 8) if zeros is None else zeros) - int(tool == "gptq")
     return {f"{owner}.qweight": words(q).T, f"{owner}.scales": scale.T,
             f"{owner}.qzeros": words(zeros.T), f"{owner}.g_idx": torch.arange(q.shape[1]).int() // GROUP}
 
 
-def make(tool: str, family: str, folder: Path) -> tuple[Path, Path]:
-    """A folder of ours, and the same numbers as the tool would have them."""
+def make(tool: str, family: str, folder: Path, shifted: bool = False) -> tuple[Path, Path]:
+    """A folder of ours, and the same numbers as the tool would have them; with `shifted` zero points of any kind, whose
+    shifts are, in a further folder "shifts" of ours, in the places of the scales."""
     plain, ours, theirs = (folder / name for name in ("plain", "ours", "theirs"))
     save(plain, family, **SPECULATIVE, **FAMILIES[family])
     quantize_folder(plain, ours, Quantization("int8" if tool == "int8" else "int4", GROUP))
-    tensors = load_file(plain / "model.safetensors")
+    tensors, shifts = load_file(plain / "model.safetensors"), load_file(ours / "model.safetensors")
     for name, t in (numbers := load_file(ours / "model.safetensors")).items():
         if t.dtype == torch.uint8:
             del tensors[name]
-            tensors |= as_theirs(tool, name, unpack_int4(t) + 8, numbers[f"{name}_scale"])
+            scale = numbers[f"{name}_scale"]
+            zeros = torch.randint(int(tool == "gptq"), 16, scale.shape) if shifted else None
+            tensors |= as_theirs(tool, name, unpack_int4(t) + 8, scale, zeros)
+            shifts[f"{name}_scale"] = scale if zeros is None else ((8 - zeros) * scale.float()).half()
         elif tool == "int8" and t.dtype == torch.int8 and "embed_tokens" not in name and "lm_head" not in name:
             tensors |= {name: t, f"{name}_scale": numbers[f"{name}_scale"][:, None]}
     theirs.mkdir()
     save_file({name: t.contiguous() for name, t in tensors.items()}, theirs / "model.safetensors")
+    said = SHIFTED if shifted else CONFIGS
     (theirs / "config.json").write_text(json.dumps(
-        read_json(plain / "config.json") | {"quantization_config": CONFIGS[tool]}))
+        read_json(plain / "config.json") | {"quantization_config": said[tool]}))
+    shutil.copytree(ours, folder / "shifts")
+    save_file(shifts, folder / "shifts" / "model.safetensors")
     return ours, theirs
+
+
+def with_weights(**more) -> dict:
+    group = COMPRESSED["config_groups"]["group_0"]
+    return COMPRESSED | {"config_groups": {"group_0": group | {"weights": group["weights"] | more}}}
+
+
+GPTQ, COMPRESSED = CONFIGS["gptq"], CONFIGS["compressed-tensors"]
+SHIFTED = {"gptq": GPTQ | {"sym": False}, "gptq_v2": CONFIGS["gptq_v2"] | {"sym": False}, "awq": AWQ,
+           "compressed-tensors": with_weights(symmetric=False)}
 
 
 def load(folder: Path, rank: int | None = None) -> dict[str, Tensor]:
@@ -94,9 +123,48 @@ def test_numbers_of_other_tools_are_ours_bit_for_bit_whole_and_in_parts(tool, fa
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tool", SHIFTED)
+def test_zero_points_become_shifts_whole_and_in_parts(tool, family, tmp_path):
+    ours, theirs = make(tool, family, tmp_path, shifted=True)
+    for rank in (None, 0, 1):
+        expected, found, shifts = load(ours, rank), load(theirs, rank), load(tmp_path / "shifts", rank)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        int4 = [name.removesuffix("weight") for name, t in found.items() if t.dtype == torch.uint8]
+        assert found.keys() - expected.keys() == {f"{name}shift" for name in int4}
+        assert all(torch.equal(found[f"{name}shift"].half(), shifts[f"{name}scale"]) for name in int4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_with_shifts_is_the_dense_model_of_what_its_numbers_mean(family, tmp_path):
+    """Exactly in float32, for tokens and prompts; and its packed layout, written and mapped, with no less than int4's
+    rounding of activations, whole and as a folder of others' files."""
+    _, theirs = make("awq", family, tmp_path, shifted=True)
+    for path in (tmp_path / "plain").glob("tokenizer*"):
+        shutil.copy(path, theirs)
+    (exact, _), (twin, _) = load_model(theirs, dtype="fp32"), load_model(tmp_path / "plain", dtype="fp32")
+    for name, module in exact.named_modules():
+        if isinstance(module, Matrix) and module.scale is not None:
+            wide = dequantize(module.weight, module.scale, module.shift)
+            twin.get_submodule(name).weight.data.copy_(wide)
+    for model in (exact, twin):
+        model.settle(torch.float32)
+        model.setup_caches(1, 64)
+    ids = torch.randint(128, (1, 40))
+    truth = run(twin, ids, 20, 21, 22, 23)
+    assert (run(exact, ids, 20, 21, 22, 23) - truth).abs().max() < 2e-4 * truth.abs().max()
+    for _ in range(2):
+        packed, _ = load_model(theirs, dtype="bf16", cache_packed=True)
+        packed.setup_caches(1, 64)
+        assert all(module.packed for module in packed.modules() if isinstance(module, Matrix) and module.group)
+        off = (run(packed, ids, 20, 21, 22, 23) - truth).square().mean().sqrt()
+        assert off < 0.1 * truth.std(), off / truth.std()
+
+
 def test_words_are_those_of_the_tools():
-    """Eight numbers as compressed-tensors 0.20 packed them, and GPTQModel 7.7 the same ones down a column."""
-    assert words(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 15]])).tolist() == [[-0x9ABCDF0]]
+    """Eight numbers as compressed-tensors 0.20 packed them, GPTQModel 7.7 the same ones down a column, and AutoAWQ."""
+    numbers = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 15]])
+    assert words(numbers).tolist() == [[-0x9ABCDF0]] and mixed(numbers).tolist() == [[-0xACE9BE0]]
 
 
 def change(folder: Path, end: str, new) -> Path:
@@ -149,17 +217,9 @@ def test_biases_of_zeros_where_a_family_has_none_are_passed_over(tmp_path):
         load(theirs)
 
 
-GPTQ, COMPRESSED = CONFIGS["gptq"], CONFIGS["compressed-tensors"]
-
-
-def with_weights(**more) -> dict:
-    group = COMPRESSED["config_groups"]["group_0"]
-    return COMPRESSED | {"config_groups": {"group_0": group | {"weights": group["weights"] | more}}}
-
-
 @pytest.mark.parametrize("said, named", [
     (GPTQ | {"bits": 8}, "bits=8"), (GPTQ | {"group_size": 32.0}, "group_size=32.0"),
-    (GPTQ | {"sym": False}, "sym=False"),
+    (GPTQ | {"sym": 0}, "sym=0"),
     (GPTQ | {"group_size": -1}, "group_size=-1"), (GPTQ | {"lm_head": True}, "lm_head=True"),
     (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
     (GPTQ | {"dynamic": {"-:x": {}}}, "dynamic"),
@@ -167,13 +227,15 @@ def with_weights(**more) -> dict:
     (CONFIGS["int8"] | {"format": "pack-quantized"}, "num_bits=8"),
     (COMPRESSED | {"config_groups": {"a": {}, "b": {}}}, "one group"), (COMPRESSED | {"config_groups": 3}, "one group"),
     (COMPRESSED | {"sparsity_config": {"format": "dense"}}, "sparsity_config"),
-    (with_weights(symmetric=False), "symmetric=False"), (with_weights(num_bits=8), "num_bits=8"),
+    (with_weights(symmetric=None), "symmetric=None"), (with_weights(num_bits=8), "num_bits=8"),
     (with_weights(strategy="channel"), "strategy='channel'"), (with_weights(actorder="group"), "actorder='group'"),
     ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt='e5m2'"), ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, "ue8m0"),
     ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo='NVFP4'"),
     (COMPRESSED | {"format": "float-quantized"}, "num_bits=4"),
     (COMPRESSED | {"format": "float-quantized", "transform_config": {"x": 1}}, "transform_config"),
-    ({"quant_method": "awq", "bits": 4}, "'awq'"), ({"quant_method": ["gptq"]}, "['gptq']")])
+    (AWQ | {"bits": 8}, "bits=8"), (AWQ | {"zero_point": False}, "zero_point=False"),
+    (AWQ | {"version": "gemv"}, "version='gemv'"), ({"quant_method": "aqlm", "bits": 4}, "'aqlm'"),
+    ({"quant_method": ["gptq"]}, "['gptq']")])
 def test_quantizations_that_ours_cannot_say_are_named_before_a_tensor_is_read(said, named, tmp_path):
     save(tmp_path, "Qwen2.5")
     document = read_json(tmp_path / "config.json")
