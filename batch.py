@@ -227,9 +227,9 @@ class Batch:
         if speculation:  # whose drafts know nothing of penalties and logarithms
             self.token, self.position, *scores = speculation.plain(self.token, self.position, None, options, self.steps)
         else:
-            token, position, *scores = self.steps.decode(self.model, self.token, self.position, options)
-            self.token, self.position = token.clone(), position.minimum(self.limits)  # a CUDA graph's are overwritten
-        return scores[0].clone() if scores else self.token, None
+            self.token, position, *scores = self.steps.decode(self.model, self.token, self.position, options)
+            self.position = position.minimum(self.limits)
+        return scores[0] if scores else self.token, None
 
     def _options(self) -> dict:
         """Those of a step for the rows as they are."""

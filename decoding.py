@@ -285,7 +285,7 @@ def _tokens(model, prompts, max_new_tokens, sampling, seed, steps, cached) -> It
     for i in range(shortest, longest + max_new_tokens - 1):
         if i < longest:  # a longer prompt goes on as it is
             token = given_or(ids[:, i:i + 1], token)
-        token, position, *scores = (t.clone() for t in steps.decode(model, token, position, arguments))
+        token, position, *scores = steps.decode(model, token, position, arguments)
         yield scores[0] if scores else token
 
 

@@ -37,7 +37,7 @@ class LookupDraft(Draft):
         self.model, self.longest = model, longest
 
     def look(self, token: Tensor, position: Tensor, steps: Steps) -> int:
-        self.tokens, found = (t.clone() for t in steps.look_up(self.model, token, position, {"k": self.longest}))
+        self.tokens, found = steps.look_up(self.model, token, position, {"k": self.longest})
         if found.device.type != "cpu":
             return 0  # it would be waited for
         return -(-int(found.sum()) // len(found)) or -1
@@ -65,7 +65,7 @@ class SteppingDraft(Draft):
         tokens, positions = self.latest(token, position, steps, options)
         drafted = []
         for i in range(k):
-            token, *chances = (t.clone() for t in steps.propose(self.model, tokens, positions, options))
+            token, *chances = steps.propose(self.model, tokens, positions, options)
             if given is not None:
                 token = given_or(given[:, i:i + 1], token)
             drafted.append((token, *chances))
@@ -237,8 +237,7 @@ class MultiTokenDraft(Draft):
         more = {"vocab_size": self.model.config.vocab_size, "normed": False, "tokens": tokens, "last": count - 1}
         drafted = []
         for i in range(k):
-            called = steps.foretell(self.model, hidden, positions, options | more)
-            hidden, token, *chances = (t.clone() for t in called)
+            hidden, token, *chances = steps.foretell(self.model, hidden, positions, options | more)
             if given is not None:
                 token = given_or(given[:, i:i + 1], token)
             drafted.append((token, *chances))

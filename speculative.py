@@ -279,7 +279,7 @@ class Speculation:
     def plain(self, token: Tensor, position: Tensor, ids: Tensor | None, options: dict, steps) -> tuple[Tensor, ...]:
         """The next token and its position, and what else the step gives."""
         at, options = position, options | {"hidden": True} if self.draft.hears else options
-        token, position, *more = (t.clone() for t in steps.decode(self.model, token, position, options))
+        token, position, *more = steps.decode(self.model, token, position, options)
         token = token if ids is None else given_or(upcoming(ids, at, 1), token)
         self.least, self.most = self.least + 1, self.most + 1
         self.draft.skip()
@@ -297,7 +297,7 @@ class Speculation:
         more = {"drafted": proposal.tokens, "probs": proposal.probs, "ids": proposal.ids, "end": self.limits,
                 "given": self.nothing[:, :k + 1].clone() if given is None else given, "synthetic": self.rate}
         options = options | {name: value for name, value in more.items() if value is not None}
-        result, token, position, *hidden = (t.clone() for t in steps.verify(self.model, token, position, options))
+        result, token, position, *hidden = steps.verify(self.model, token, position, options)
         self.least, self.most = self.least + 1, self.most + k + 1
         if self.draft.hears:
             places = torch.arange(k + 1, device=at.device)
