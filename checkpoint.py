@@ -148,7 +148,8 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     layout: str = ""  # of another tool's (foreign.py)
-    scale: "Stored | None" = None  # what floats of 8 bits are to be multiplied by
+    scale: "Stored | None" = None  # what floats of 8 bits, or numbers between zero points, are to be multiplied by
+    expert: int | None = None  # which of the file's tensor
 
 
 class Part(NamedTuple):
@@ -205,14 +206,15 @@ class Checkpoint:
         if plain != name and not plain.startswith("lm_head."):
             plain = f"model.{plain}"
         plain = MTP.sub("", plain)
-        if plain.endswith(foreign.ASIDE):
-            self.aside[plain] = Stored(path, name, tuple(part.get_shape()), dtype)
-            return
-        plain, shape, layout = foreign.renamed(plain, tuple(part.get_shape()), self.tool)
-        dtype = "U8" if "bits" in layout and dtype == "I32" else dtype
-        if dtype not in STORED and dtype not in QUANTIZED and dtype != foreign.FLOAT8:
-            raise UserError(f"{path.name}: {name} has dtype {dtype}; supported: {', '.join(STORED)}, {foreign.FLOAT8}")
-        self.tensors[plain] = Stored(path, name, shape, dtype, layout)
+        for own, shape, expert in foreign.apart(plain, tuple(part.get_shape()), self.tool):
+            if own.endswith(foreign.ASIDE):
+                self.aside[own] = Stored(path, name, shape, dtype, expert=expert)
+                continue
+            own, shape, kind, layout = foreign.renamed(own, shape, dtype, self.tool)
+            if kind not in STORED and kind not in QUANTIZED and kind != foreign.FLOAT8:
+                raise UserError(f"{path.name}: {name} has dtype {kind}; supported: {', '.join(STORED)}, "
+                                f"{foreign.FLOAT8}")
+            self.tensors[own] = Stored(path, name, shape, kind, layout, expert=expert)
 
     def join_scales(self, floats: dict[str, Stored]) -> None:
         """Floats of 8 bits and their scales are one from here on; of what is said of activations nothing is wanted."""
@@ -231,13 +233,23 @@ class Checkpoint:
             del self.tensors[name]
 
     def shift(self, name: str, zeros: Stored, tool: str) -> None:
-        """Make a tensor of zero points, and the scales beside it, the shifts that they come to."""
+        """Make a tensor of zero points or biases, and the scales beside it, the shifts that they come to."""
         owner = name.rpartition(".")[0]
         shape, scale = foreign.shape_of_zeros(zeros.shape, tool), self.tensors.get(f"{owner}.weight_scale")
-        if scale is not None and (zeros.dtype != "I32" or shape != scale.shape):
+        right = zeros.dtype in STORED if tool == "mlx" else zeros.dtype == "I32"
+        if scale is not None and (not right or shape != scale.shape):
             raise UserError(f"{zeros.path}: {zeros.name} has dtype {zeros.dtype} and shape {list(zeros.shape)}, no "
                             f"zero points of {list(scale.shape)} groups; get the checkpoint again")
         self.tensors[f"{owner}.weight_shift"] = zeros._replace(shape=shape, dtype="F32", layout="zeros", scale=scale)
+
+    def widen(self, name: str, inputs: int) -> None:
+        """Read a matrix of int4 or int8 with scales and shifts as what its numbers mean."""
+        stored, shift = self.tensors[name], self.tensors.pop(f"{name}_shift", None)
+        if not self.tensors.pop(f"{name}_scale", None) or shift is None or inputs % shift.shape[1] or \
+                stored.shape[1] * 8 not in (4 * inputs, 8 * inputs):
+            raise UserError(f"{stored.path}: {stored.name} has shape {list(stored.shape)}, no int4 or int8 of {inputs} "
+                            f"columns with scales and biases; get the checkpoint again")
+        self.tensors[name] = stored._replace(shape=(stored.shape[0], inputs), dtype="F32", layout="wide", scale=shift)
 
     def shards(self) -> dict[Path, list[str] | None]:
         """File -> the tensors the index expects in it (None: whatever it holds)."""
@@ -284,12 +296,16 @@ class Checkpoint:
         if stored.scale and self.scale[0] != stored.scale:
             self.scale = stored.scale, self.read(stored.scale, 4 * math.prod(stored.scale.shape)).clone()
         file = self.file_of(stored, size)
-        if not where and not stored.layout:
+        if not where and not stored.layout and stored.expert is None:
             found = file.get_tensor(stored.name)  # which may have no dimension to be cut along
-        elif stored.layout == "zeros":
-            return foreign.shifts(file.get_tensor(stored.name), self.scale[1], self.tool)[where]
         else:
             part = file.get_slice(stored.name)
+            part = part if stored.expert is None else foreign.Slice(part, stored.expert)
+            if stored.layout == "zeros":
+                return foreign.shifts(part[:, :], self.scale[1], self.tool)[where]
+            if stored.layout == "wide":
+                words, shift = part[:, :], self.scale[1]
+                return foreign.wide(words, self.read(stored.scale.scale, size), shift, stored.shape[1])[where]
             found = foreign.read(part, stored.layout, *where) if stored.layout else part[where]
         return foreign.widen(found, self.scale[1], stored.shape, where) if stored.scale else found
 

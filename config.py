@@ -78,12 +78,12 @@ class ExpertsConfig:
 class Quantization:
     """How matrices are stored: int8 with a scale for each row, or int4 with one for each group of columns.
 
-    int4 keeps the embedding and the head in int8, unless it is pure. Another `tool` than ours leaves both as they were,
-    and they are rounded while loading.
+    int4 keeps the embedding and the head in int8, unless it is pure, as MLX's is. Another `tool` leaves both as they
+    were, and they are rounded while loading.
     """
     mode: str  # one of MODES
     group: int = 32
-    tool: str = "readonce"  # whose files hold it: also gptq, gptq_v2, awq, compressed-tensors (foreign.py)
+    tool: str = "readonce"  # whose files hold it: also gptq, gptq_v2, awq, mlx, compressed-tensors (foreign.py)
     shifted: bool = False  # beside the scale of a group of int4 there is a shift
 
     MODES: ClassVar[tuple[str, ...]] = ("int8", "int4", "int4-pure")

@@ -303,6 +303,7 @@ FAMILIES: dict[str, Callable[[Source], ModelConfig]] = {
     "Gemma4ForCausalLM": gemma4, "Gemma4ForConditionalGeneration": gemma4,
     "Gemma4UnifiedForCausalLM": gemma4_unified, "Gemma4UnifiedForConditionalGeneration": gemma4_unified,
     "GptOssForCausalLM": gpt_oss}
+AS_IN_MLX = (llama, mistral, smollm3, phi3, olmo2, olmo3, qwen2, qwen3, qwen3_moe, mixtral, gemma3)  # rounded, no more
 
 
 def config_from_dict(document: dict[str, Any]) -> ModelConfig:
@@ -320,7 +321,8 @@ def config_from_dict(document: dict[str, Any]) -> ModelConfig:
     if text := source.read("text_config", dict, {}):
         tied = {key: document[key] for key in ("tie_word_embeddings",) if document.get(key) is not None}
         source = Source({**document, **text, **tied})
-    quantization = read_quantization(source.read("quantization_config", dict, {}), family)
+    said, mlx = (source.read(key, dict, {}) for key in ("quantization_config", "quantization"))
+    quantization = read_quantization(mlx | {"quant_method": "mlx"} if mlx else said, family)
     config = family(source)
     source.finish()
     return replace(config, quantization=quantization)
@@ -331,6 +333,9 @@ def read_quantization(found: dict[str, Any], family: Callable[[Source], ModelCon
     method = found.get("quant_method")
     if not found or (method == "mxfp4" and family is gpt_oss):
         return None
+    if method == "mlx" and family not in AS_IN_MLX:
+        raise UserError("config.json has a quantization of mlx, which keeps other weights of this family than its "
+                        "makers do; take the checkpoint before quantization with --quantize int4")
     if method != "readonce":
         return quantization_of(found)
     if unknown := found.keys() - {"quant_method", "mode", "groupsize", "calibrated"}:

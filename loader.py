@@ -35,21 +35,22 @@ def plan(model: nn.Module, checkpoint: Checkpoint, rounded: bool = False) -> dic
     """
     experts = model.config.experts.n_experts if model.config.experts else 0
     quantization = model.config.quantization
-    left = ENDS if quantization and quantization.tool != "readonce" else ()
+    others = quantization is not None and quantization.tool != "readonce"
+    left = ENDS if others and quantization.mode != "int4-pure" else ()
     parameters = {name: p for name, p in model.named_parameters()
                   if not (name.endswith(".scale") and (rounded or name in left))}
     found = {name: checkpoint.sources(name, experts) for name in parameters}
-    expected = {name for names in found.values() for name in names}
+    expected = {name: parameters[parameter] for parameter, names in found.items() for name in names}
     borrowers = range(model.lenders, len(model.layers))
     unused = tuple(f"model.layers.{i}.self_attn.{part}." for i in borrowers for part in UNUSED)
     for name in [name for name in checkpoint.tensors if name.startswith(unused)]:
         del checkpoint.tensors[name]
-    if left:
+    if others:
         look_at_foreign(checkpoint, expected, quantization)
     tied = {"lm_head.weight"} if model.config.tie_embeddings else set()  # some exports repeat the embedding
-    extra = sorted(stored.name for name, stored in checkpoint.tensors.items() if name not in expected | tied)
-    extra += sorted(stored.name for stored in checkpoint.aside.values()) if not left else []
-    missing = sorted(expected - checkpoint.tensors.keys())
+    extra = sorted(stored.name for name, stored in checkpoint.tensors.items() if name not in {*expected, *tied})
+    extra += sorted(stored.name for stored in checkpoint.aside.values()) if not others else []
+    missing = sorted(expected.keys() - checkpoint.tensors.keys())
     for problem, names in (("lacks", missing), ("has unknown", extra)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -57,7 +58,7 @@ def plan(model: nn.Module, checkpoint: Checkpoint, rounded: bool = False) -> dic
             if all(name.startswith("mtp.") for name in names):
                 cause = ("its multi-token-prediction head cannot be used: get a checkpoint that has it whole, or go "
                          "without (mtp_num_hidden_layers 0 in config.json)")
-            elif left and all(name.endswith("_scale") for name in names):
+            elif others and all(name.endswith("_scale") for name in names):
                 cause = f"but for embedding and head all matrices must be quantized; {INSTEAD}"
             raise UserError(f"{checkpoint.folder} {problem} tensors {', '.join(names[:3])}{more}; {cause}")
     for parameter, p in parameters.items():
@@ -70,16 +71,20 @@ def plan(model: nn.Module, checkpoint: Checkpoint, rounded: bool = False) -> dic
     return found
 
 
-def look_at_foreign(checkpoint: Checkpoint, expected: set[str], quantization: Quantization) -> None:
-    """Check what another tool says of its numbers; forget biases of zeros, which old GPTQ files have everywhere."""
+def look_at_foreign(checkpoint: Checkpoint, expected: dict[str, torch.Tensor], quantization: Quantization) -> None:
+    """Check what another tool says of its numbers, and make shifts of it. Forget biases of zeros, which old GPTQ files
+    have everywhere, and make wide what is `expected` to be, as MLX rounds routers too."""
     for name, stored in checkpoint.aside.items():
         if quantization.shifted and name.endswith(ZEROS):
             checkpoint.shift(name, stored, quantization.tool)
         else:
             verify(name, checkpoint.whole(name), quantization)
-    for name in [name for name in checkpoint.tensors.keys() - expected if name.endswith(".bias")]:
+    for name in [name for name in checkpoint.tensors.keys() - expected.keys() if name.endswith(".bias")]:
         if not checkpoint.whole(name).any():
             del checkpoint.tensors[name]
+    for name, p in expected.items() if quantization.tool == "mlx" else ():
+        if p.is_floating_point() and name in checkpoint.tensors and checkpoint.tensors[name].layout == "bits":
+            checkpoint.widen(name, p.shape[-1])
 
 
 def check(folder: Path, parts: list[Stored], p: torch.Tensor, column: bool, is_turned: bool) -> None:

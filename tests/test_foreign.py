@@ -26,6 +26,7 @@ from quantize import quantize_, quantize_folder
 from tp import CutTransformer
 
 GROUP = 32
+MLX = {"group_size": 64, "bits": 4, "mode": "affine"}
 CONFIGS = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False, "lm_head": False},
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
@@ -135,17 +136,19 @@ def test_zero_points_become_shifts_whole_and_in_parts(tool, family, tmp_path):
         assert all(torch.equal(found[f"{name}shift"].half(), shifts[f"{name}scale"]) for name in int4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_with_shifts_is_the_dense_model_of_what_its_numbers_mean(family, tmp_path):
+@pytest.mark.parametrize("tool, family", [*(("awq", family) for family in FAMILIES), ("mlx", "Qwen2.5"),
+                                          ("mlx", "Qwen3-MoE")])
+def test_a_model_with_shifts_is_the_dense_model_of_what_its_numbers_mean(tool, family, tmp_path):
     """Exactly in float32, for tokens and prompts; and its packed layout, written and mapped, with no less than int4's
     rounding of activations, whole and as a folder of others' files."""
-    _, theirs = make("awq", family, tmp_path, shifted=True)
+    _, theirs = make_mlx(family, tmp_path) if tool == "mlx" else make(tool, family, tmp_path, shifted=True)
     for path in (tmp_path / "plain").glob("tokenizer*"):
         shutil.copy(path, theirs)
     (exact, _), (twin, _) = load_model(theirs, dtype="fp32"), load_model(tmp_path / "plain", dtype="fp32")
     for name, module in exact.named_modules():
-        if isinstance(module, Matrix) and module.scale is not None:
-            wide = dequantize(module.weight, module.scale, module.shift)
+        if isinstance(module, Matrix):
+            numbers = module.weight, module.scale, module.shift
+            wide = module.weight if module.scale is None else dequantize(*numbers)
             twin.get_submodule(name).weight.data.copy_(wide)
     for model in (exact, twin):
         model.settle(torch.float32)
@@ -159,6 +162,55 @@ def test_a_model_with_shifts_is_the_dense_model_of_what_its_numbers_mean(family,
         assert all(module.packed for module in packed.modules() if isinstance(module, Matrix) and module.group)
         off = (run(packed, ids, 20, 21, 22, 23) - truth).square().mean().sqrt()
         assert off < 0.1 * truth.std(), off / truth.std()
+
+
+def make_mlx(family: str, folder: Path) -> tuple[Path, Path]:
+    """As `make`, with shifts; routers have 8 bits, and ours hold what they say."""
+    plain, ours, theirs = (folder / name for name in ("plain", "ours", "theirs"))
+    save(plain, family, **SPECULATIVE, **FAMILIES[family])
+    quantize_folder(plain, ours, Quantization("int4-pure", 64))
+    tensors, found, said = load_file(ours / "model.safetensors"), {}, dict(MLX)
+    shifts, joined = dict(tensors), re.compile(r"(.*mlp)\.experts\.(\d+)\.(\w+)\.weight")
+    for name, t in tensors.items():
+        owner = name.removesuffix(".weight")
+        if t.dtype == torch.uint8:
+            scale = tensors[f"{name}_scale"]
+            bias = (torch.rand(scale.shape) * 4 - 10).mul(scale).bfloat16()
+            shifts[f"{name}_scale"] = (bias.float() + 8 * scale.float()).half()
+            numbers = {"weight": words(unpack_int4(t) + 8).view(torch.uint32), "scales": scale, "biases": bias}
+        elif owner.endswith("mlp.gate"):
+            q, bias = torch.randint(256, t.shape), torch.randn(len(t), t.shape[1] // 64).bfloat16()
+            scale = torch.randn(bias.shape) / 256
+            wide = q.unflatten(1, (-1, 64)) * scale[..., None] + bias.float()[..., None]
+            tensors[name] = shifts[name] = wide.flatten(1)
+            numbers = {"weight": q.to(torch.uint8).view(torch.uint32), "scales": scale, "biases": bias}
+            said[owner] = {"group_size": 64, "bits": 8}
+        else:
+            found |= {} if name.endswith("_scale") else {name: t}
+            continue
+        if expert := joined.fullmatch(name):
+            owner = f"{expert[1]}.switch_mlp.{expert[3]}"
+        for end, value in numbers.items():
+            found.setdefault(f"{owner}.{end}", []).append(value) if expert else found.update({f"{owner}.{end}": value})
+    found = {name: torch.stack(t) if isinstance(t, list) else t for name, t in found.items()}
+    theirs.mkdir(), shutil.copytree(ours, folder / "shifts")
+    for where, its in ((theirs, found), (ours, tensors), (folder / "shifts", shifts)):
+        save_file({name: t.contiguous() for name, t in its.items()}, where / "model.safetensors")
+    document = read_json(plain / "config.json") | {"quantization": said, "quantization_config": said}
+    (theirs / "config.json").write_text(json.dumps(document))
+    return ours, theirs
+
+
+@pytest.mark.parametrize("family", ["Qwen2.5", "Qwen3-MoE"])
+def test_biases_of_mlx_become_shifts_whole_and_in_parts(family, tmp_path):
+    ours, theirs = make_mlx(family, tmp_path)
+    for rank in (None, 0, 1):
+        expected, found, shifts = load(ours, rank), load(theirs, rank), load(tmp_path / "shifts", rank)
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-5 if "router" in name else 0)
+        int4 = [name.removesuffix("weight") for name, t in found.items() if t.dtype == torch.uint8]
+        assert found.keys() - expected.keys() == {f"{name}shift" for name in int4} and "tok_embeddings." in int4
+        assert all(torch.equal(found[f"{name}shift"].half(), shifts[f"{name}scale"]) for name in int4)
 
 
 def test_words_are_those_of_the_tools():
@@ -243,3 +295,33 @@ def test_quantizations_that_ours_cannot_say_are_named_before_a_tensor_is_read(sa
     with pytest.raises(UserError, match=re.escape(named)) as error:
         load_model(tmp_path)
     assert "\n" not in str(error.value) and "--quantize" in str(error.value)
+
+
+@pytest.mark.parametrize("family, said, named", [
+    ("Qwen2.5", {"bits": 8}, "bits=8"), ("Qwen2.5", {"group_size": 16}, "group_size=16"),
+    ("Qwen2.5", {"mode": "mxfp4"}, "mode='mxfp4'"), ("Qwen2.5", {"lm_head": False}, "bits of lm_head=None"),
+    ("Qwen2.5", {"model.layers.0.mlp.down_proj": {"bits": 6, "group_size": 64}}, "layers.0.mlp.down_proj=6"),
+    ("Qwen3-MoE", {"model.layers.0.mlp.gate": {"bits": 4, "group_size": 32, "mode": "x"}}, "mode='x'"),
+    ("Qwen3.5", {}, "keeps other weights of this family")])
+def test_what_ours_cannot_say_of_mlx_is_named(family, said, named, tmp_path):
+    save(tmp_path, family)
+    document = read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(document | {"quantization": MLX | said}))
+    with pytest.raises(UserError, match=re.escape(named)) as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value) and "--quantize" in str(error.value)
+
+
+@pytest.mark.parametrize("end, new, said", [
+    ("mlp.gate.weight", lambda t: t[:, 1:], "mlp.gate.weight has shape"),
+    ("mlp.gate.biases", lambda t: None, "mlp.gate.weight has shape"),
+    ("q_proj.biases", lambda t: None, "lacks tensors model.layers.0.self_attn.q_proj.weight_shift"),
+    ("q_proj.biases", lambda t: t[:, :0], "q_proj.biases has dtype BF16 and shape"),
+    ("q_proj.weight", lambda t: t[1:], "q_proj.weight"),
+    ("q_proj.scales", lambda t: t[:, :0], "q_proj.biases has dtype"),
+    ("switch_mlp.up_proj.weight", lambda t: t[1:], "lacks tensors"),
+    ("switch_mlp.up_proj.scales", lambda t: t[0, 0, 0], "lacks tensors")])
+def test_broken_files_of_mlx_are_named(end, new, said, tmp_path):
+    _, theirs = make_mlx("Qwen3-MoE", tmp_path)
+    with pytest.raises(UserError, match=re.escape(said)):
+        load(change(theirs, end, new))
