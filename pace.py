@@ -29,7 +29,8 @@ class Pace:
 
     def __init__(self, choices: tuple[int, ...]) -> None:
         assert choices == tuple(sorted(choices)), choices
-        self.choices, self.debt, self.since = choices, 0.0, 0
+        self.choices, self.debt = choices, 0.0
+        self.since, self.plains = 0, 0  # rounds since the last plain step, and plain steps since the last round
         self.promising = True  # whether something would pay, if the draft liked the text
         self.times: dict[int, deque[float]] = {}
         self.costs: dict[int, float] = {}  # seconds of a round of each kind that was timed
@@ -80,8 +81,9 @@ class Pace:
         if self.since >= self.STALE:
             return self.AGAIN
         plain, least = self.costs[0], self.cost(self.choices[0])
-        if all((k + 1) * plain < self.cost(k) for k in self.choices):
-            return self.AHEAD  # too slow a draft for any text
+        if all((k + 1) * plain < self.cost(k) for k in self.choices):  # too slow a draft for any text
+            earned = self.debt <= 0 and self.PAID * plain * self.plains >= least
+            return 0 if earned else self.AHEAD  # unless it was the machine, which may have become faster
         over = self.debt + least - plain - self.LIMIT * plain if self.promising else self.debt
         return min(max(math.ceil(over / (self.PAID * plain)), 0), self.AHEAD)
 
@@ -112,7 +114,7 @@ class Pace:
     def record_plain(self, draft_s: float, model_s: list[float]) -> None:
         """Plain steps took the model so long, after the draft had thought, in vain, for `draft_s`."""
         self.timed(0, model_s)
-        self.since, paid = 0, self.PAID * self.costs[0] * len(model_s)
+        self.since, self.plains, paid = 0, self.plains + len(model_s), self.PAID * self.costs[0] * len(model_s)
         self.debt = max(self.debt - paid, min(self.debt, 0)) + draft_s
 
     def record(self, k: int, draft_s: float, model_s: float, counts: list[int], strength: int = 0) -> None:
@@ -120,7 +122,7 @@ class Pace:
         self.timed(k, [draft_s + model_s])
         if 0 not in self.costs:
             return
-        self.since += 1
+        self.since, self.plains = self.since + 1, 0
         plain, usual = self.costs[0], self.costs[k]  # what takes far longer was held up by something else
         took = min(draft_s + model_s, 2 * usual if len(self.times[k]) > 1 else (1 + self.LIMIT) * plain)
         lost = took - sum(counts) / len(counts) * plain

@@ -263,12 +263,13 @@ class Speculation:
         that is thought better. And the last that counts with its position, both [B, 1]."""
         if not self.left:
             start, self.left, strength = machine.mark(token.device), self.due, 0
-            if not self.left:
+            asked = not self.left  # else the draft has cost nothing at all, not even the time between two moments
+            if asked:
                 strength = self.draft.look(token, position, steps)
                 if k := self.choose(strength):
                     return self.round(k, strength, start, token, position, ids, options, steps)
                 self.left = 1
-            self.thought, self.calls = (start, machine.mark(token.device)), []
+            self.thought, self.calls = (start, machine.mark(token.device) if asked else start), []
         begun = machine.mark(token.device)
         token, position, *_ = self.plain(token, position, ids, options, steps)
         self.calls.append((begun, machine.mark(token.device)))

@@ -45,6 +45,19 @@ def model_twin(model: Transformer) -> Transformer:
     return twin
 
 
+def test_a_draft_that_is_not_asked_costs_nothing(tmp_path, monkeypatch):
+    """Not even microseconds: as a debt they would never be paid off."""
+    tiny_models.reference_model("Llama 3.2").save_pretrained(tmp_path)
+    model, seen, asked = tiny_models.load(tmp_path), [], []
+    speculation, look = Speculation(LookupDraft(), "lookup"), LookupDraft.look
+    monkeypatch.setattr(LookupDraft, "look", lambda *given: asked.append(0) or look(*given))
+    monkeypatch.setattr(speculation.pace, "record_plain", lambda draft_s, model_s: seen.append(draft_s) or type(
+        speculation.pace).record_plain(speculation.pace, draft_s, model_s))
+    list(generate(model, torch.randint(128, (9,)).tolist(), 100, speculation=speculation))
+    rounds = speculation.statistics.rounds
+    assert 0.0 in seen and 0 <= sum(draft_s > 0 for draft_s in seen) <= len(asked) - rounds
+
+
 @pytest.mark.parametrize("name", tiny_models.FAMILIES)
 def test_the_greedy_text_of_every_family_is_the_plain_one(name, tmp_path):
     for folder in ("a", "b"):

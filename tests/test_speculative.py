@@ -291,7 +291,17 @@ def test_an_accident_is_no_verdict():
     assert sorted(plain() for _ in range(3))[1] < 1 / 4
 
 
-def test_a_draft_too_slow_for_any_text_is_known_from_the_warm_up_and_never_asked():
+def test_a_draft_that_was_slow_while_warming_up_is_timed_again():
+    pace = Pace((1, 3))
+    for k in (0, 1, 3):
+        for _ in range(4):
+            pace.record(k, 0.0, 8.0, [k + 1]) if k else pace.record_plain(0.0, [1.0])
+    pace.forget()
+    seconds, _ = simulate(pace, [1.0], drafting, 10000)
+    assert seconds < 0.8  # 1 if it were never asked, 0.5 if it had been all along
+
+
+def test_a_draft_too_slow_for_any_text_is_known_from_the_warm_up_and_seldom_asked():
     for cost, asked in ((5.0, False), (1.5, True)):
         pace = Pace((1, 3))
         for k in (0, 1, 3):
