@@ -12,7 +12,7 @@ from collections.abc import Callable
 import device as machine
 from metrics import Sample
 from model import Transformer
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, is_unicode
 
 CACHE_LENGTH = 8192  # positions to start with; doubled when a chat outgrows them
 REWIND = 8  # positions that may be given up: a token being read when Ctrl-C came, those a GPU is ahead of us
@@ -112,7 +112,9 @@ def read(ask: Callable[[str], str], say: Callable[[str], None]) -> str | None:
     """A line of input; None at its end. Ctrl-C only clears the line."""
     while True:
         try:
-            return ask("> " if sys.stdin.isatty() else "")
+            if is_unicode(text := ask("> " if sys.stdin.isatty() else "")):
+                return text
+            say("that was not UTF-8")
         except EOFError:
             return None
         except KeyboardInterrupt:

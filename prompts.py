@@ -29,7 +29,7 @@ from metrics import Growing, Sample
 from model import Transformer
 from pace import Pace
 from sampling import Sampling
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, is_unicode
 
 ROWS = 8  # of a batch, unless more or fewer are asked for
 KEYS = {"prompt": str, "id": str | int, "max_new_tokens": int}
@@ -68,6 +68,11 @@ def collect(args: Namespace, default: str) -> list[Prompt]:
         found = read_prompts(args.prompts_file)
     else:
         found = [Prompt(text) for text in args.prompt or ["5" if args.random_weights else default]]
+    if not (args.seed >= -2**63 and args.seed + args.num_samples <= 2**64):
+        raise UserError(f"--seed is {args.seed}; allowed: -2^63 to 2^64 - 1, for the last of the samples, too")
+    for where, text in [(prompt.where, prompt.text) for prompt in found] + [("--stop", text) for text in args.stop]:
+        if not is_unicode(text):
+            raise UserError(f"{where} is {text!r}, which is not UTF-8; give text that is")
     for prompt in found:
         if not prompt.text:
             raise UserError("the prompt is empty; give some text with --prompt")
@@ -186,7 +191,11 @@ class Lines:
             raise UserError(f"--output {self.path} cannot be written ({reason}); what is in it is whole")
 
     def close(self) -> None:
+        """An empty file would only stand in the way of the next try."""
+        empty = self.file.tell() == 0
         self.file.close()
+        if empty:
+            Path(self.path).unlink(missing_ok=True)
 
 
 # -- the batch --------------------------------------------------------------------------------------------------------

@@ -215,8 +215,9 @@ def parser() -> Parser:
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     quantization = Quantization(args.mode, args.groupsize)
-    if args.calibrate and args.mode == "int8":
-        raise UserError("--calibrate is for int4; int8 needs none, leave it out")
+    for name in ("calibrate", "groupsize") if args.mode == "int8" else ():
+        if getattr(args, name) != parser().get_default(name):
+            raise UserError(f"--{name} is for int4; int8 needs none, leave it out")
     try:
         text = args.calibrate.read_text("utf-8") if args.calibrate else None
     except (OSError, ValueError) as e:

@@ -16,6 +16,15 @@ from errors import UserError
 REPLACEMENT = "\ufffd"  # what a decoder shows for an incomplete UTF-8 sequence
 
 
+def is_unicode(text: str) -> bool:
+    """False where it holds halves of characters: what was not UTF-8 on a command line, or JSON that names them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def sound(path: Path) -> Iterator[None]:
     """The tokenizers library panics over files that it took and cannot work with; its panics are no Exceptions."""

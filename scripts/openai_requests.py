@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from batch import Request
 from errors import UserError
 from sampling import Sampling, Varied
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, is_unicode
 
 MOST_CHOICES = 128  # `n`, as at OpenAI
 MOST_STOPS, LONGEST_STOP = 4, 1000  # strings, and characters of one
@@ -142,10 +142,8 @@ def sound_text(name: str, value: object) -> str:
     """A string that can be written as UTF-8: JSON may hold halves of characters."""
     if not isinstance(value, str):
         raise wrong(name, value, "a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise wrong(name, value, "text without lone surrogates") from None
+    if not is_unicode(value):
+        raise wrong(name, value, "text without lone surrogates")
     return value
 
 

@@ -375,6 +375,11 @@ def test_random_weights_take_numbers_of_tokens(command):
     assert [len(s["prompt_tokens"]) for s in json.loads(out.splitlines()[-1])["samples"]] == [40, 3]
 
 
+def test_an_empty_file_of_texts_does_not_stay(tmp_path):
+    prompts.Lines(str(tmp_path / "out")).close()
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("output", [True, False])
 def test_ctrl_c_keeps_the_texts_that_have_ended(output, command, tmp_path, monkeypatch):
     events = Batch.events

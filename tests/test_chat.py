@@ -270,6 +270,11 @@ def test_the_command_holds_a_chat(tmp_path, command, monkeypatch):
     assert "import os" not in out  # what was typed is on the screen already
 
 
+def test_a_line_that_is_no_text_is_asked_for_again():
+    lines, said = iter(["a\udcff", "b"]), []
+    assert chat.read(lambda _: next(lines), said.append) == "b" and said == ["that was not UTF-8"]
+
+
 @pytest.mark.parametrize("option", [["--prompt", "x"], ["--json"], ["--num_samples", "2"],
                                     ["--random_weights", "Llama-3.2-1B"]])
 def test_what_does_not_go_with_a_chat_is_refused(option, command):

@@ -379,6 +379,7 @@ def test_a_quantized_folder_is_not_quantized_again(command, tmp_path):
     (["--calibrate", "nothing.txt"], "int4", "nothing.txt cannot be read"),
     (["--calibrate", str(DRAFT / "model.safetensors")], "int4", "cannot be read as text"),
     (["--calibrate", str(DRAFT / "config.json")], "int8", "--calibrate is for int4"),
+    (["--groupsize", "64"], "int8", "--groupsize is for int4"),
     (["--device", "tpu"], "int4", "unknown device"),
 ])
 def test_options_that_cannot_be_are_one_line(command, tmp_path, options, mode, said):
