@@ -178,11 +178,11 @@ def read_across(part: Any, rows: slice, columns: slice) -> Tensor:
     start, stop, _ = columns.indices(inputs // 2)
     found = part[2 * start:2 * stop, first // 8:-(-last // 8)].contiguous()
     found = found.view(torch.uint8).unflatten(1, (-1, 4))  # [in, n, 4]
-    rows = torch.empty(found.shape[1], 8, stop - start, dtype=torch.uint8)
+    taken = torch.empty(found.shape[1], 8, stop - start, dtype=torch.uint8)
     for row, place in enumerate(ACROSS):  # one by one: as whole numbers all would take eight times the memory
         numbers = found[..., place // 2] >> 4 * (place % 2) & 15
-        rows[:, row] = (numbers[0::2] | numbers[1::2] << 4).T
-    return rows.flatten(0, 1)[first % 8:first % 8 + last - first]
+        taken[:, row] = (numbers[0::2] | numbers[1::2] << 4).T
+    return taken.flatten(0, 1)[first % 8:first % 8 + last - first]
 
 
 def eight(words: Tensor) -> Tensor:
