@@ -153,15 +153,16 @@ def test_a_model_with_shifts_is_the_dense_model_of_what_its_numbers_mean(tool, f
     for model in (exact, twin):
         model.settle(torch.float32)
         model.setup_caches(1, 64)
-    ids = torch.randint(128, (1, 40))
-    truth = run(twin, ids, 20, 21, 22, 23)
-    assert (run(exact, ids, 20, 21, 22, 23) - truth).abs().max() < 2e-4 * truth.abs().max()
+    texts = torch.randint(128, (5, 1, 40))
+    truth = torch.stack([run(twin, ids, 20, 21, 22, 23) for ids in texts])
+    got = torch.stack([run(exact, ids, 20, 21, 22, 23) for ids in texts])
+    assert (got - truth).abs().max() < 2e-4 * truth.abs().max()
     for _ in range(2):
         packed, _ = load_model(theirs, dtype="bf16", cache_packed=True)
         packed.setup_caches(1, 64)
         assert all(module.packed for module in packed.modules() if isinstance(module, Matrix) and module.group)
-        off = (run(packed, ids, 20, 21, 22, 23) - truth).square().mean().sqrt()
-        assert off < 0.1 * truth.std(), off / truth.std()
+        off = torch.stack([run(packed, ids, 20, 21, 22, 23) for ids in texts]).float() - truth
+        assert off.square().mean((1, 2)).sqrt().median() < 0.2 * truth.std()  # without shifts it is more than that std
 
 
 def make_mlx(family: str, folder: Path) -> tuple[Path, Path]:
