@@ -239,13 +239,14 @@ class Checkpoint:
         right = zeros.dtype in STORED if tool == "mlx" else zeros.dtype == "I32"
         if scale is not None and (not right or shape != scale.shape):
             raise UserError(f"{zeros.path}: {zeros.name} has dtype {zeros.dtype} and shape {list(zeros.shape)}, no "
-                            f"zero points of {list(scale.shape)} groups; get the checkpoint again")
+                            f"zero points as {tool} packs them for {list(scale.shape)} groups; {foreign.INSTEAD}")
         self.tensors[f"{owner}.weight_shift"] = zeros._replace(shape=shape, dtype="F32", layout="zeros", scale=scale)
 
     def widen(self, name: str, inputs: int) -> None:
         """Read a matrix of int4 or int8 with scales and shifts as what its numbers mean."""
         stored, shift = self.tensors[name], self.tensors.pop(f"{name}_shift", None)
-        if not self.tensors.pop(f"{name}_scale", None) or shift is None or inputs % shift.shape[1] or \
+        rows, groups = shift.shape if shift is not None and len(shift.shape) == 2 else (0, 0)
+        if not self.tensors.pop(f"{name}_scale", None) or rows != stored.shape[0] or groups == 0 or inputs % groups or \
                 stored.shape[1] * 8 not in (4 * inputs, 8 * inputs):
             raise UserError(f"{stored.path}: {stored.name} has shape {list(stored.shape)}, no int4 or int8 of {inputs} "
                             f"columns with scales and biases; get the checkpoint again")

@@ -43,11 +43,13 @@ def plan(model: nn.Module, checkpoint: Checkpoint, rounded: bool = False) -> dic
     expected = {name: parameters[parameter] for parameter, names in found.items() for name in names}
     borrowers = range(model.lenders, len(model.layers))
     unused = tuple(f"model.layers.{i}.self_attn.{part}." for i in borrowers for part in UNUSED)
-    for name in [name for name in checkpoint.tensors if name.startswith(unused)]:
-        del checkpoint.tensors[name]
+    for held in (checkpoint.tensors, checkpoint.aside):
+        for name in [name for name in held if name.startswith(unused)]:
+            del held[name]
     if others:
         look_at_foreign(checkpoint, expected, quantization)
-    tied = {"lm_head.weight"} if model.config.tie_embeddings else set()  # some exports repeat the embedding
+    repeated = {f"lm_head.weight{end}" for end in ("", "_scale", "_shift")}  # some exports repeat the embedding
+    tied = repeated if model.config.tie_embeddings else set()
     extra = sorted(stored.name for name, stored in checkpoint.tensors.items() if name not in {*expected, *tied})
     extra += sorted(stored.name for stored in checkpoint.aside.values()) if not others else []
     missing = sorted(expected.keys() - checkpoint.tensors.keys())

@@ -290,7 +290,7 @@ def ours(row: dict) -> Compared | None:
     if row["system"] in ("llama.cpp", "gpt-fast") or (name not in shapes() and not path.is_file()):
         return None
     config = config_of_shape(name if name in shapes() else str(path))
-    if row.get("quantization"):
+    if row.get("quantization") and not config.quantization:
         mode, _, group = row["quantization"].partition(" g")
         config = dataclasses.replace(config, quantization=Quantization(mode, int(group or 32)))
     batch = row.get("batch") or 1

@@ -316,6 +316,9 @@ def test_what_ours_cannot_say_of_mlx_is_named(family, said, named, tmp_path):
 @pytest.mark.parametrize("end, new, said", [
     ("mlp.gate.weight", lambda t: t[:, 1:], "mlp.gate.weight has shape"),
     ("mlp.gate.biases", lambda t: None, "mlp.gate.weight has shape"),
+    ("mlp.gate.*s", lambda t: t[0], "mlp.gate.weight has shape"),
+    ("mlp.gate.*s", lambda t: t[:, :0], "mlp.gate.weight has shape"),
+    ("mlp.gate.*s", lambda t: t[1:], "mlp.gate.weight has shape"),
     ("q_proj.biases", lambda t: None, "lacks tensors model.layers.0.self_attn.q_proj.weight_shift"),
     ("q_proj.biases", lambda t: t[:, :0], "q_proj.biases has dtype BF16 and shape"),
     ("q_proj.weight", lambda t: t[1:], "q_proj.weight"),
@@ -324,5 +327,17 @@ def test_what_ours_cannot_say_of_mlx_is_named(family, said, named, tmp_path):
     ("switch_mlp.up_proj.scales", lambda t: t[0, 0, 0], "lacks tensors")])
 def test_broken_files_of_mlx_are_named(end, new, said, tmp_path):
     _, theirs = make_mlx("Qwen3-MoE", tmp_path)
+    for each in [end.replace("*", kind) for kind in ("scale", "biase")] if "*" in end else [end]:
+        change(theirs, each, new)
     with pytest.raises(UserError, match=re.escape(said)):
-        load(change(theirs, end, new))
+        load(theirs)
+
+
+def test_a_tied_head_that_is_there_again_is_passed_over(tmp_path):
+    _, theirs = make_mlx("Qwen2.5", tmp_path)
+    tensors, document = load_file(theirs / "model.safetensors"), read_json(theirs / "config.json")
+    (theirs / "config.json").write_text(json.dumps(document | {"tie_word_embeddings": True}))
+    again = {name.replace("model.embed_tokens", "lm_head"): t.clone() for name, t in tensors.items() if "embed" in name}
+    save_file(tensors | again, theirs / "model.safetensors")
+    found = load(theirs)
+    assert all(torch.equal(found[f"output.{leaf}"], found[f"tok_embeddings.{leaf}"]) for leaf in ("weight", "shift"))
