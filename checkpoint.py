@@ -149,7 +149,7 @@ class Stored(NamedTuple):
     dtype: str
     layout: str = ""  # of another tool's (foreign.py)
     scale: "Stored | None" = None  # what floats of 8 bits, or numbers between zero points, are to be multiplied by
-    expert: int | None = None  # which of the file's tensor
+    expert: int | None = None  # which of the leading dimension of the file's tensor
 
 
 class Part(NamedTuple):
@@ -232,14 +232,14 @@ class Checkpoint:
         for name in [name for name in self.tensors if name.endswith(foreign.FLOAT8_ASIDE)]:
             del self.tensors[name]
 
-    def shift(self, name: str, zeros: Stored, tool: str) -> None:
+    def shift(self, name: str, zeros: Stored) -> None:
         """Make a tensor of zero points or biases, and the scales beside it, the shifts that they come to."""
         owner = name.rpartition(".")[0]
-        shape, scale = foreign.shape_of_zeros(zeros.shape, tool), self.tensors.get(f"{owner}.weight_scale")
-        right = zeros.dtype in STORED if tool == "mlx" else zeros.dtype == "I32"
+        shape, scale = foreign.shape_of_zeros(zeros.shape, self.tool), self.tensors.get(f"{owner}.weight_scale")
+        right = zeros.dtype in STORED if self.tool == "mlx" else zeros.dtype == "I32"
         if scale is not None and (not right or shape != scale.shape):
             raise UserError(f"{zeros.path}: {zeros.name} has dtype {zeros.dtype} and shape {list(zeros.shape)}, no "
-                            f"zero points as {tool} packs them for {list(scale.shape)} groups; {foreign.INSTEAD}")
+                            f"zero points as {self.tool} packs them for {list(scale.shape)} groups; {foreign.INSTEAD}")
         self.tensors[f"{owner}.weight_shift"] = zeros._replace(shape=shape, dtype="F32", layout="zeros", scale=scale)
 
     def widen(self, name: str, inputs: int) -> None:

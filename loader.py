@@ -78,7 +78,7 @@ def look_at_foreign(checkpoint: Checkpoint, expected: dict[str, torch.Tensor], q
     have everywhere, and make wide what is `expected` to be, as MLX rounds routers too."""
     for name, stored in checkpoint.aside.items():
         if quantization.shifted and name.endswith(ZEROS):
-            checkpoint.shift(name, stored, quantization.tool)
+            checkpoint.shift(name, stored)
         else:
             verify(name, checkpoint.whole(name), quantization)
     for name in [name for name in checkpoint.tensors.keys() - expected.keys() if name.endswith(".bias")]:

@@ -139,8 +139,8 @@ def test_zero_points_become_shifts_whole_and_in_parts(tool, family, tmp_path):
 @pytest.mark.parametrize("tool, family", [*(("awq", family) for family in FAMILIES), ("mlx", "Qwen2.5"),
                                           ("mlx", "Qwen3-MoE")])
 def test_a_model_with_shifts_is_the_dense_model_of_what_its_numbers_mean(tool, family, tmp_path):
-    """Exactly in float32, for tokens and prompts; and its packed layout, written and mapped, with no less than int4's
-    rounding of activations, whole and as a folder of others' files."""
+    """Exactly in float32, for tokens and prompts; and its packed layout, written and mapped, but for the
+    rounding of activations."""
     _, theirs = make_mlx(family, tmp_path) if tool == "mlx" else make(tool, family, tmp_path, shifted=True)
     for path in (tmp_path / "plain").glob("tokenizer*"):
         shutil.copy(path, theirs)
